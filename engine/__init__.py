@@ -1,0 +1,82 @@
+"""
+Bulk text embedding on Ray: stream shards of text through models, checkpoint to Parquet, lose nothing.
+
+    import engine
+    result = engine.run(source="texts/*.parquet", output="out/", model="sentence-transformers:all-MiniLM-L6-v2")
+    vectors = engine.embed(["two", "texts"])
+
+Importing it loads neither torch, ray nor openai: each comes with the first call that needs it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import (
+    AuthenticationFailed,
+    CommitConflict,
+    ConfigError,
+    CorruptOutput,
+    EngineError,
+    FingerprintMismatch,
+    InputRejected,
+    OutputInUse,
+    ProviderError,
+    QuotaExhausted,
+    RateLimited,
+    Refused,
+    SourceChanged,
+    SourceError,
+)
+from engine.version import __version__
+
+if TYPE_CHECKING:
+    from engine.faces import embed, plan, run, status, verify
+    from engine.models.base import BaseEmbeddingModel, Embeddings
+    from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel
+
+__all__ = [
+    "AuthenticationFailed",
+    "BaseEmbeddingModel",
+    "CommitConflict",
+    "ConfigError",
+    "CorruptOutput",
+    "Embeddings",
+    "EngineError",
+    "FingerprintMismatch",
+    "InputRejected",
+    "OutputInUse",
+    "ProviderError",
+    "QuotaExhausted",
+    "RateLimited",
+    "Refused",
+    "SentenceTransformerEmbeddingModel",
+    "SourceChanged",
+    "SourceError",
+    "__version__",
+    "embed",
+    "plan",
+    "run",
+    "status",
+    "verify",
+]
+
+_LAZY = {
+    "embed": "engine.faces",
+    "plan": "engine.faces",
+    "run": "engine.faces",
+    "status": "engine.faces",
+    "verify": "engine.faces",
+    "BaseEmbeddingModel": "engine.models.base",
+    "Embeddings": "engine.models.base",
+    "SentenceTransformerEmbeddingModel": "engine.models.sentence_transformer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'engine' has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,102 @@
+"""
+The errors of the engine: one tree, drawn before the code that raises them.
+
+    EngineError                 1   anything unexpected
+    ├── ConfigError             2   the command or the config is wrong
+    │   └── SourceError         2   an input is missing, unreadable, or not what the config says
+    ├── Refused                 3   going on would mix or lose something
+    │   ├── FingerprintMismatch 3   the output belongs to another model or setting
+    │   ├── SourceChanged       3   an input is no longer what was planned or committed
+    │   └── OutputInUse         3   a live run owns the output
+    ├── ProviderError           4   the model or its provider fails, whatever the text
+    │   ├── AuthenticationFailed, QuotaExhausted, RateLimited
+    │   └── InputRejected           this one text is refused; its neighbours are not
+    └── CorruptOutput           6   what is stored is not what was written
+        └── CommitConflict      6   two different answers for one shard
+
+An error is one message that says what is wrong and what to do. It never carries a text or a key, and it survives pickling,
+because most are raised in one process and read in another.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class EngineError(Exception):
+    """
+    The root of every error that the engine raises on purpose.
+
+    Args:
+        message: What is wrong, and what to do about it.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+
+    @property
+    def message(self) -> str:
+        """What is wrong, and what to do about it."""
+        return str(self.args[0])
+
+
+class ConfigError(EngineError):
+    """The command or the configuration is wrong."""
+
+    exit_code = 2
+
+
+class SourceError(ConfigError):
+    """An input is missing, unreadable, or not what the configuration says."""
+
+
+class Refused(EngineError):  # noqa: N818 - the exit code's own name: refused, not failed
+    """Going on would mix, double or lose something, so nothing was touched."""
+
+    exit_code = 3
+
+
+class FingerprintMismatch(Refused):
+    """The output belongs to another model or setting."""
+
+
+class SourceChanged(Refused):
+    """An input is no longer what was planned, or what was committed."""
+
+
+class OutputInUse(Refused):
+    """A live run owns the output."""
+
+
+class ProviderError(EngineError):
+    """The model or its provider fails, whatever the text."""
+
+    exit_code = 4
+
+
+class AuthenticationFailed(ProviderError):
+    """The provider does not accept the key."""
+
+
+class QuotaExhausted(ProviderError):
+    """The account has nothing left to spend."""
+
+
+class RateLimited(ProviderError):
+    """The provider asks to wait."""
+
+
+class InputRejected(ProviderError):
+    """This one text is refused; its neighbours are not. The message becomes the reject's reason."""
+
+
+class CorruptOutput(EngineError):
+    """What is stored is not what was written."""
+
+    exit_code = 6
+
+
+class CommitConflict(CorruptOutput):
+    """Two different answers are stored for one shard."""

@@ -1,0 +1,62 @@
+"""The faces for Python: what `import engine` gives, as keyword arguments of the same names as flags and YAML keys."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from engine import runner
+from engine.config import load_config
+from engine.runner import embed, status
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from engine.results import PlanResult, RunResult, VerifyResult
+
+__all__ = ["embed", "plan", "run", "status", "verify"]
+
+
+def plan(*, config: str | Path | None = None, **options: Any) -> PlanResult:
+    """
+    Say what a run would do: files, rows, shards and bytes, done and left. Writes nothing, loads no model.
+
+    Args:
+        config: A YAML file of options.
+        options: Fields of `engine.config.JobConfig`, such as `source`, `output` and `model`; they win over the file.
+    """
+    return runner.plan(load_config(_text(config), **options))
+
+
+def run(*, config: str | Path | None = None, progress: bool = True, **options: Any) -> RunResult:
+    """
+    Embed a source into an output, and resume what is there. An interrupt returns a result that says so.
+
+    Args:
+        config: A YAML file of options.
+        progress: Show it: a live line on a terminal and in notebooks, plain lines elsewhere, on stderr.
+        options: Fields of `engine.config.JobConfig`, such as `source`, `output` and `model`; they win over the file.
+    """
+    job = load_config(_text(config), **options)
+    if not progress:
+        return runner.run(job)
+    from rich.console import Console
+
+    from engine.progress import Progress
+
+    with Progress(Console(stderr=True)) as shown:
+        return runner.run(job, on_event=shown)
+
+
+def verify(
+    output: str | Path,
+    level: Literal["quick", "footers", "full", "sample"] = "quick",
+    *,
+    set_aside: bool = False,
+    sample_rows: int = 64,
+) -> VerifyResult:
+    """Check an output against its plan, its records and its files: see `engine.runner.verify`."""
+    return runner.verify(str(output), level, set_aside=set_aside, sample_rows=sample_rows)
+
+
+def _text(path: str | Path | None) -> str | None:
+    return None if path is None else str(path)

@@ -1,0 +1,191 @@
+"""The provider interface, and what every provider gets for free: checked answers, and bad texts told from bad models."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.config import ModelConfig
+from engine.errors import ConfigError, InputRejected, ProviderError
+
+logger = logging.getLogger(__name__)
+
+Vectors = npt.NDArray[np.float32]
+
+PROBE = "The quick brown fox jumps over the lazy dog."
+"""A text that every model embeds. When one text fails alone, this one tells whether the text or the model is at fault."""
+
+
+@dataclass(slots=True)
+class Embeddings:
+    """The answer to a list of texts."""
+
+    vectors: Vectors
+    """Shape (texts less rejects, dimension), float32, in the order of the texts."""
+    rejects: dict[int, str] = field(default_factory=dict)
+    """The reason for each position among the texts that has no vector."""
+    num_tokens: int = 0
+    """Tokens that went through the model, as the model counts them; 0 if it does not."""
+
+
+class BadAnswer(Exception):  # noqa: N818 - never leaves this package; it is an answer, judged
+    """A model's answer that is not one vector of the right shape for each text."""
+
+
+class BaseEmbeddingModel(ABC):
+    """
+    An embedding model. A custom provider implements `slug` and `embed`, and is named `custom:package.module.Class`.
+
+    The engine builds it once in each actor, from its class and arguments, and keeps one event loop for it. `embed` may raise
+    anything: the engine finds the texts that cause it by halving, and rejects them alone.
+    """
+
+    version: str = ""
+    """Of a custom model: change it when its code changes the vectors, so that they cannot mix in one output."""
+
+    _dimension: int | None = None
+
+    @abstractmethod
+    def slug(self) -> str:
+        """Return a stable name of what decides the vectors."""
+
+    @abstractmethod
+    async def embed(self, texts: list[str]) -> list[list[float]] | npt.NDArray[Any]:
+        """Return a vector for each text, in order: lists of floats, or an array of shape (len(texts), dimension)."""
+
+    async def close(self) -> None:
+        """Release what the model holds; it is not used afterwards."""
+        return
+
+    @classmethod
+    def pinned(cls, config: ModelConfig) -> ModelConfig:
+        """Return `config` with whatever can move (a branch) replaced by what it stands for now (a commit)."""
+        return config
+
+    @classmethod
+    def identity(cls, config: ModelConfig) -> dict[str, Any]:
+        """Return what names the model in the fingerprint, found without loading it."""
+        return {"model": config.model, "version": cls.version}
+
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> Self:
+        """
+        Build the model as a job's config describes it; a custom model gets `model_args` as keyword arguments.
+
+        Raises:
+            ConfigError: If the arguments do not fit, or options are given that a custom model knows nothing of.
+        """
+        foreign = ("dtype", "max_length", "dimensions", "normalize", "prompt", "revision", "trust_remote_code", "batch_size")
+        given = [name for name in foreign if getattr(config, name) != ModelConfig.model_fields[name].default]
+        if given:
+            raise ConfigError(f"{', '.join(given)}: not for custom models; put what {config.name} takes into model_args")
+        try:
+            return cls(**config.model_args)
+        except TypeError as error:
+            raise ConfigError(f"cannot build {config.name} from model_args {sorted(config.model_args)}: {error}") from None
+
+    async def embed_rows(self, texts: Sequence[str]) -> Embeddings:
+        """
+        Embed texts and check every vector; a text that fails alone is rejected, its neighbours are embedded.
+
+        Args:
+            texts: Neither empty nor blank.
+
+        Raises:
+            ProviderError: If the model fails whatever the text. Nothing is rejected then.
+        """
+        rows: list[Vectors | None] = [None] * len(texts)
+        rejects: dict[int, str] = {}
+        trusted = False
+        ranges = [(0, len(texts))] if texts else []
+        while ranges:
+            start, stop = ranges.pop()
+            try:
+                answer = await self._checked(list(texts[start:stop]))
+            except Exception as error:
+                self._raise_if_not_about_texts(error)
+                if stop - start > 1:
+                    middle = (start + stop) // 2
+                    ranges += [(middle, stop), (start, middle)]
+                    continue
+                trusted = trusted or await self._passes_probe(error)
+                rejects[start] = reason_of(error)
+                continue
+            for offset, vector in enumerate(answer):
+                if _is_usable(vector):
+                    rows[start + offset] = vector
+                elif stop - start > 1:
+                    ranges.append((start + offset, start + offset + 1))  # once more, alone
+                else:
+                    trusted = trusted or await self._passes_probe(BadAnswer("vector is zero or not finite"))
+                    rejects[start] = "the model's vector is zero or not finite"
+        return Embeddings(await self._stacked(rows), rejects)
+
+    async def dimension(self) -> int:
+        """Return the dimension of the vectors, by embedding a probe if no text has been embedded yet."""
+        if self._dimension is None:
+            await self._checked([PROBE])
+        return self._dimension or 0
+
+    async def _checked(self, texts: list[str]) -> Vectors:
+        """Return the model's answer as an array, or raise `BadAnswer` if it is not one vector of one length for each text."""
+        answer = await self.embed(texts)
+        try:
+            array = np.ascontiguousarray(answer, dtype=np.float32)
+        except (TypeError, ValueError):
+            raise BadAnswer("vectors are ragged or not numbers") from None
+        if array.ndim != 2 or len(array) != len(texts):
+            raise BadAnswer(f"shape {array.shape} for {len(texts)} texts")
+        if self._dimension is None and array.shape[1] > 0:
+            self._dimension = array.shape[1]
+        if array.shape[1] != self._dimension:
+            raise BadAnswer(f"{array.shape[1]} dimensions instead of {self._dimension}")
+        return array
+
+    async def _stacked(self, rows: list[Vectors | None]) -> Vectors:
+        kept = [row for row in rows if row is not None]
+        if not kept:
+            return np.empty((0, await self.dimension() if rows else self._dimension or 0), np.float32)
+        return np.stack(kept)
+
+    async def _passes_probe(self, error: Exception) -> bool:
+        """Return True if the model embeds the probe; raise if not, because then it fails whatever the text."""
+        try:
+            answer = await self._checked([PROBE])
+            if not _is_usable(answer[0]):
+                raise BadAnswer("vector is zero or not finite")
+        except Exception as again:
+            self._raise_if_not_about_texts(again)
+            raise ProviderError(
+                f"the model {self.slug()} fails on every text ({_described(error)}; on a plain English sentence "
+                f"{_described(again)}): mend the model or its settings, then run the same command again"
+            ) from None
+        return True
+
+    @staticmethod
+    def _raise_if_not_about_texts(error: Exception) -> None:
+        if isinstance(error, ProviderError) and not isinstance(error, InputRejected):
+            raise error
+
+
+def reason_of(error: Exception) -> str:
+    """Return a reject's reason for an exception: never its message unless it is ours, since it may quote the text."""
+    if isinstance(error, InputRejected):
+        return error.message
+    return f"the model fails on it: {_described(error)}"
+
+
+def _described(error: Exception) -> str:
+    if isinstance(error, BadAnswer):
+        return f"bad answer, {error}"
+    return type(error).__name__
+
+
+def _is_usable(vector: Vectors) -> bool:
+    return bool(np.isfinite(vector).all() and vector.any())

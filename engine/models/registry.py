@@ -1,0 +1,67 @@
+"""The registry: from `provider:name` to a model class. A description of a model travels; the live model is built where it runs."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from engine.config import ModelConfig
+from engine.errors import ConfigError
+from engine.models.base import BaseEmbeddingModel
+
+CUSTOM = "custom"
+PROVIDERS = {
+    "sentence-transformers": "engine.models.sentence_transformer.SentenceTransformerEmbeddingModel",
+}
+"""Where each provider's class is. Its module is imported when it is asked for, and heavy imports are inside its methods."""
+
+
+def model_class(config: ModelConfig) -> type[BaseEmbeddingModel]:
+    """
+    Return the class that a config names.
+
+    Raises:
+        ConfigError: If there is no such provider, module or class.
+    """
+    if config.provider == CUSTOM:
+        return _imported(config.name)
+    if config.model_args:
+        raise ConfigError("model_args are for custom models; give the options of this one by their own names")
+    try:
+        return _imported(PROVIDERS[config.provider])
+    except KeyError:
+        known = ", ".join([*PROVIDERS, CUSTOM])
+        raise ConfigError(f"unknown provider {config.provider!r} in {config.model!r}; known are: {known}") from None
+
+
+def pinned(config: ModelConfig) -> ModelConfig:
+    """Return `config` with a moving revision replaced by the commit that it names now."""
+    return model_class(config).pinned(config)
+
+
+def identity(config: ModelConfig) -> dict[str, Any]:
+    """Return what names a pinned config's model in the fingerprint, without loading it."""
+    return model_class(config).identity(config)
+
+
+def build(config: ModelConfig) -> BaseEmbeddingModel:
+    """Build the live model. This is where torch and the weights are loaded."""
+    return model_class(config).from_config(config)
+
+
+def _imported(path: str) -> type[BaseEmbeddingModel]:
+    module_name, _, class_name = path.rpartition(".")
+    if not module_name:
+        raise ConfigError(f"{path!r} is not package.module.Class")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"cannot import {path}: there is no module {error.name!r} on the import path of this process; "
+            "install it, or run where it is (PYTHONPATH)"
+        ) from None
+    except AttributeError:
+        raise ConfigError(f"the module {module_name} has no class {class_name!r}") from None
+    if not (isinstance(found, type) and issubclass(found, BaseEmbeddingModel)):
+        raise ConfigError(f"{path} is not a subclass of engine.BaseEmbeddingModel")
+    return found

@@ -1,0 +1,194 @@
+"""
+A part: the output Parquet file of one shard, from a table to bytes and from bytes back to a commit record.
+
+A part describes itself. Its metadata holds the shard, the fingerprint, the rejects and the usage, so that the commit record and
+the rejects file are pure functions of its bytes: whoever finds a part without a record can finish the commit, and two writers
+of one shard can only agree.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from engine.errors import CorruptOutput
+from engine.schema import (
+    EMBEDDING,
+    PART_METADATA,
+    SOURCE_ROW,
+    CommitRecord,
+    InputFile,
+    Reject,
+    Shard,
+    Usage,
+    canonical_json,
+    content_hash,
+    count_reasons,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a part's bytes hold, checked."""
+
+    table: pa.Table
+    record: CommitRecord
+    rejects: tuple[Reject, ...]
+
+    def rejects_bytes(self) -> bytes:
+        """Return the part's rejects as they are stored: JSON lines, one a row."""
+        return "".join(canonical_json(reject.as_json()) + "\n" for reject in self.rejects).encode()
+
+
+def encode(table: pa.Table, *, shard: Shard, fingerprint: str, rejects: Sequence[Reject], usage: Usage) -> bytes:
+    """
+    Serialise a shard's table, in memory: a failure leaves no file behind, not even a readable short one.
+
+    Args:
+        table: Kept columns, `embedding` (fixed-size list of float32) and `_source_row` (int64), in the order of rows.
+        shard: The shard that the table is of.
+        fingerprint: Of the job.
+        rejects: The rows of the shard that the table lacks.
+        usage: What the shard cost.
+    """
+    about = {
+        "shard": asdict(shard.file) | {"id": shard.id, "start": shard.start, "stop": shard.stop},
+        "fingerprint": fingerprint,
+        "rejects": [reject.as_json() for reject in rejects],
+        "usage": asdict(usage),
+    }
+    del about["shard"]["location"]  # type: ignore[attr-defined] # where a file lay says nothing of what it is
+    metadata = {PART_METADATA: canonical_json(about).encode()}
+    features = _huggingface_features(table.schema)
+    if features is not None:
+        metadata[b"huggingface"] = canonical_json({"info": {"features": features}}).encode()
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table.replace_schema_metadata(metadata),
+        sink,
+        compression="zstd",
+        # Vectors do not repeat: a dictionary of them costs time and saves nothing.
+        use_dictionary=[name for name in table.column_names if name not in (EMBEDDING, SOURCE_ROW)],
+        write_page_checksum=True,
+        store_schema=True,
+    )
+    return bytes(sink.getvalue())
+
+
+def decode(data: bytes, name: str) -> Part:
+    """
+    Read a part whole and check all that it says of itself.
+
+    Args:
+        data: The file's bytes.
+        name: Of the file, for messages.
+
+    Raises:
+        CorruptOutput: If it is truncated or damaged, or is not exactly the rows of its shard as checked vectors.
+    """
+    try:
+        with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as parquet:
+            table = parquet.read()
+        about = json.loads(table.schema.metadata[PART_METADATA])
+        shard_fields = about["shard"]
+        file = InputFile(shard_fields["path"], "", shard_fields["size"], shard_fields["mtime_ns"])
+        shard = Shard(shard_fields["id"], file, shard_fields["start"], shard_fields["stop"])
+        rejects = tuple(Reject(**reject) for reject in about["rejects"])
+        usage = Usage(**about["usage"])
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptOutput(f"the part {name} cannot be read back ({type(error).__name__})") from None
+    check(table, shard=shard, rejects=rejects, name=name)
+    record = CommitRecord(
+        shard_id=shard.id,
+        fingerprint=about["fingerprint"],
+        path=file.path,
+        size=file.size,
+        mtime_ns=file.mtime_ns,
+        start=shard.start,
+        stop=shard.stop,
+        num_rows=table.num_rows,
+        num_rejects=len(rejects),
+        reasons=count_reasons(rejects),
+        dimension=table.schema.field(EMBEDDING).type.list_size,
+        num_bytes=len(data),
+        checksum=content_hash(data),
+        usage=usage,
+    )
+    return Part(table, record, rejects)
+
+
+def check(table: pa.Table, *, shard: Shard, rejects: Sequence[Reject], name: str) -> None:
+    """
+    Check that a table and its rejects are the rows of `shard`, each once and in order, with vectors that can be used.
+
+    Raises:
+        CorruptOutput: Says what is wrong.
+    """
+    problem = _row_problem(table, shard, rejects) or _vector_problem(table)
+    if problem:
+        raise CorruptOutput(f"the part {name} of rows {shard.start} to {shard.stop} of {shard.file.path}: {problem}")
+
+
+def vectors_of(table: pa.Table) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Return the `embedding` column as an array of shape (rows, dimension), float32."""
+    column = table.column(EMBEDDING).combine_chunks()
+    flat = column.flatten() if table.num_rows else pa.array([], pa.float32())
+    return np.asarray(flat).reshape(table.num_rows, column.type.list_size)
+
+
+def _row_problem(table: pa.Table, shard: Shard, rejects: Sequence[Reject]) -> str | None:
+    if SOURCE_ROW not in table.column_names or table.schema.field(SOURCE_ROW).type != pa.int64():
+        return f"it has no column {SOURCE_ROW} of int64"
+    if table.num_rows + len(rejects) != len(shard):
+        return f"{table.num_rows} rows and {len(rejects)} rejects are not {len(shard)} rows"
+    rows = np.asarray(table.column(SOURCE_ROW))
+    if np.any(np.diff(rows) <= 0):
+        return "its rows are not in the order of the input"
+    every = np.sort(np.concatenate([rows, np.fromiter((reject.source_row for reject in rejects), np.int64)]))
+    if not np.array_equal(every, np.arange(shard.start, shard.stop)):
+        return "its rows and rejects are not the rows of its shard"
+    return None
+
+
+def _vector_problem(table: pa.Table) -> str | None:
+    kind = table.schema.field(EMBEDDING).type if EMBEDDING in table.column_names else None
+    if kind is None or not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.float32():
+        return f"it has no column {EMBEDDING} of fixed-size lists of float32"
+    if kind.list_size < 1:
+        return "its vectors have no dimensions"
+    if table.column(EMBEDDING).null_count or table.column(EMBEDDING).combine_chunks().flatten().null_count:
+        return "a vector is missing"
+    vectors = vectors_of(table)
+    if not np.isfinite(vectors).all():
+        return "a vector is not finite"
+    if not vectors.any(axis=1).all():
+        return "a vector is zero"
+    return None
+
+
+def _huggingface_features(schema: pa.Schema) -> dict[str, Any] | None:
+    """Describe the columns to Hugging Face datasets, which then shows the vectors' length; None if a column has no plain name."""
+    features: dict[str, Any] = {}
+    for field in schema:
+        if field.name == EMBEDDING:
+            value = {"dtype": "float32", "_type": "Value"}
+            features[field.name] = {"feature": value, "length": field.type.list_size, "_type": "List"}
+        elif (dtype := _huggingface_dtype(field.type)) is not None:
+            features[field.name] = {"dtype": dtype, "_type": "Value"}
+        else:
+            return None
+    return features
+
+
+def _huggingface_dtype(kind: pa.DataType) -> str | None:
+    plain = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
+    floats = {pa.float16(): "float16", pa.float32(): "float32", pa.float64(): "float64"}
+    if any(is_kind(kind) for is_kind in plain):
+        return str(kind)
+    return floats.get(kind)

@@ -1,0 +1,1 @@
+"""The pipeline: shards in, receipts out. The only place that imports Ray."""

@@ -1,0 +1,101 @@
+"""The cluster: join the one that is there, or start one on this machine, and leave the caller's as it was."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+import ray.data
+from ray.exceptions import RayError, RayTaskError
+
+from engine.errors import ConfigError, EngineError
+
+RAY_LOGGERS = ("ray", "ray.data")
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """
+    Have a Ray to run on: the process's own if it has one, else that at `address`, else one on this machine.
+
+    What was started or joined here is left at the end.
+
+    Raises:
+        ConfigError: If there is no cluster at `address`.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(address=address, logging_level=logging.WARNING, include_dashboard=None if address else False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"cannot connect to Ray at {address or 'this machine'} ({type(error).__name__}): "
+            "is a cluster running there? Without --address, one is started on this machine"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def settings(**wanted: object) -> Iterator[None]:
+    """
+    Set fields of Ray Data's context for a while, and keep its own bars and notices off the screen; errors still show.
+
+    The engine shows the progress itself. What the caller had set is put back at the end.
+    """
+    wanted |= dict.fromkeys(("enable_progress_bars", "enable_operator_progress_bars", "print_on_execution_start"), False)
+    context = ray.data.DataContext.get_current()
+    before = {name: getattr(context, name) for name in wanted}
+    loggers = [logging.getLogger(name) for name in RAY_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for name, value in wanted.items():
+        setattr(context, name, value)
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn what Ray wraps around an error of a task back into that error."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except Exception as error:
+        found = _engine_error(error)
+        if found is not None:
+            raise found from None
+        if isinstance(error, RayError):
+            raise EngineError(
+                f"Ray failed ({type(error).__name__}); what was committed is kept, and the same command resumes. "
+                "Its logs are in /tmp/ray/session_latest/logs"
+            ) from error
+        raise
+
+
+def _engine_error(error: BaseException | None) -> EngineError | None:
+    """Find the engine's error in a chain of causes."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, EngineError) and not isinstance(error, RayTaskError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+    return None
+
+
+def capacity() -> dict[str, float]:
+    """Return the resources of the whole cluster, such as {"CPU": 8.0, "GPU": 2.0}."""
+    return dict(ray.cluster_resources())

@@ -1,0 +1,66 @@
+"""
+A parcel: one shard, or several small ones, as a single row of a Ray dataset.
+
+Each column of the shards' tables becomes one list, and a manifest says which rows are whose. Ray may merge, split or replay
+blocks as it likes: it never cuts a row, so a shard stays whole whatever Ray does, and its identity travels with it. Lists of
+Arrow are views: packing copies nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+
+import pyarrow as pa
+
+from engine.schema import InputFile, Reject, Shard, Usage, canonical_json
+
+MANIFEST = "_manifest"
+
+
+@dataclass(slots=True)
+class Item:
+    """One shard on its way: its table, and what has become of its rows so far."""
+
+    shard: Shard
+    table: pa.Table
+    rejects: list[Reject] = field(default_factory=list)
+    usage: Usage = field(default_factory=Usage)
+
+
+def pack(items: Sequence[Item]) -> pa.Table:
+    """Return the items as a table of one row; their tables have the same columns."""
+    manifest = [
+        asdict(item.shard)
+        | {
+            "num_rows": item.table.num_rows,
+            "rejects": [reject.as_json() for reject in item.rejects],
+            "usage": asdict(item.usage),
+        }
+        for item in items
+    ]
+    table = pa.concat_tables([item.table for item in items]).combine_chunks()
+    columns = {MANIFEST: pa.array([canonical_json(manifest)], pa.large_string())}
+    for name in table.column_names:
+        chunks = table.column(name).chunks
+        values = chunks[0] if chunks else pa.array([], table.schema.field(name).type)
+        columns[name] = pa.LargeListArray.from_arrays(pa.array([0, len(values)], pa.int64()), values)
+    return pa.table(columns)
+
+
+def unpack(block: pa.Table) -> Iterator[list[Item]]:
+    """Yield the items of each parcel in a block, however many Ray has put there."""
+    for row in range(block.num_rows):
+        manifest = json.loads(block.column(MANIFEST)[row].as_py())
+        names = [name for name in block.column_names if name != MANIFEST]
+        table = pa.table({name: block.column(name)[row].values for name in names})
+        items = []
+        start = 0
+        for entry in manifest:
+            shard = Shard(entry["id"], InputFile(**entry["file"]), entry["start"], entry["stop"])
+            rejects = [Reject(**reject) for reject in entry["rejects"]]
+            rows = table.slice(start, entry["num_rows"])
+            items.append(Item(shard, rows, rejects, Usage(**entry["usage"])))
+            start += entry["num_rows"]
+        yield items

@@ -1,0 +1,79 @@
+"""Resources: how many actors, and what each of them is given. Pure: decided from the config and what the cluster has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from engine.config import JobConfig
+from engine.errors import ConfigError
+
+LIGHT_CPUS = 0.06
+"""A read or publish task waits for disks. With a whole CPU each, they would stand still behind the actors, or the actors
+behind them: on 2 CPUs the textbook recipe runs one actor on one core for want of a slot for its writer (FACTS.md)."""
+LIGHT_TASKS_PER_ACTOR = 2
+RESERVED_CPUS = 0.25
+"""Of each actor's cores, for its light tasks: two readers and two publishers."""
+MAX_CORES_PER_ACTOR = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What each actor asks Ray for, and how many there are."""
+
+    num_cpus: float
+    num_gpus: float
+    num_threads: int
+    """Of the model; 0 leaves them as they are, on GPUs."""
+    min_actors: int
+    max_actors: int
+
+    @property
+    def max_light_tasks(self) -> int:
+        """Readers at once, and publishers at once."""
+        return LIGHT_TASKS_PER_ACTOR * self.max_actors
+
+
+def decide(config: JobConfig, cluster: Mapping[str, float], num_parcels: int) -> Resources:
+    """
+    Decide on actors: one per GPU, or share of one, if there are GPUs and the job may use them; else one per group of cores.
+
+    The pool starts with as many as the cluster can hold now, never more than there are parcels; `num_actors` lets it
+    grow past that, onto nodes that an autoscaler adds.
+
+    Args:
+        config: Of the job.
+        cluster: Ray's resources of the cluster, such as {"CPU": 8.0, "GPU": 2.0}.
+        num_parcels: How much there is to do.
+
+    Raises:
+        ConfigError: If the cluster cannot hold one actor and will not grow.
+    """
+    wants_gpu = config.gpus_per_actor is not None or config.device.startswith("cuda")
+    gpus, cpus = cluster.get("GPU", 0.0), cluster.get("CPU", 0.0)
+    if wants_gpu or (gpus > 0 and config.device == "auto"):
+        share = config.gpus_per_actor or 1.0
+        room = _actors_on_gpus(gpus, share)
+        num_cpus = min(1.0, max(cpus, 1.0) / max(room, 1)) * (1 - RESERVED_CPUS)
+        need, has = f"{share:g} GPU", f"{gpus:g} GPUs"
+        num_gpus, num_threads = share, 0
+    else:
+        cores = config.cpus_per_actor or max(1, min(MAX_CORES_PER_ACTOR, int(cpus)))
+        room = int(cpus // cores)
+        num_cpus, num_gpus, num_threads = cores - RESERVED_CPUS, 0.0, cores
+        need, has = f"{cores} CPUs", f"{cpus:g} CPUs"
+    if room < 1 and config.num_actors is None:
+        raise ConfigError(
+            f"an actor needs {need}, and the cluster has {has}: ask for less (--gpus-per-actor, --cpus-per-actor, "
+            "--device cpu), or give --num-actors if an autoscaler will add nodes"
+        )
+    most = config.num_actors or room
+    least = config.min_actors or min(most, max(room, 1), max(num_parcels, 1))
+    return Resources(num_cpus, num_gpus, num_threads, min(least, most), most)
+
+
+def _actors_on_gpus(gpus: float, share: float) -> int:
+    """A share is of one GPU: three actors of 0.4 do not fit on one, nor five on two."""
+    if share >= 1:
+        return int(gpus // share)
+    return int(gpus) * int(1 / share + 1e-9)

@@ -1,0 +1,78 @@
+"""The stream: pending shards to receipts, as a Ray Data chain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
+
+from engine.ledger import Ledger
+from engine.pipeline import cluster
+from engine.pipeline.datasource import Parcel, ShardDatasource
+from engine.pipeline.publish import publish
+from engine.pipeline.resources import LIGHT_CPUS, Resources
+from engine.pipeline.worker import EmbedWorker, Work
+from engine.schema import Receipt
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """One run's way through Ray: read, embed, publish."""
+
+    parcels: Sequence[Parcel]
+    work: Work
+    ledger: Ledger
+    fingerprint: str
+    resources: Resources
+
+    def receipts(self) -> Iterator[Receipt]:
+        """
+        Run, and yield a receipt for each shard as it is committed. To stop early, close the iterator.
+
+        Raises:
+            EngineError: What a reader, an actor or a publisher raised. What was committed stays so.
+        """
+        # A limit of one byte makes every row, which is a parcel, a block of its own.
+        with cluster.settings(target_max_block_size=1), cluster.translated():
+            blocks = self._chain().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+            for block in blocks:
+                yield from _receipts_of(block)
+
+    def _chain(self) -> ray.data.Dataset:
+        source = ShardDatasource(self.parcels, self._columns())
+        light = self.resources.max_light_tasks
+        return (
+            ray.data.read_datasource(
+                source, override_num_blocks=source.num_read_tasks, num_cpus=LIGHT_CPUS, concurrency=light
+            )
+            .map_batches(
+                EmbedWorker,
+                fn_constructor_args=(self.work,),
+                batch_size=None,
+                batch_format="pyarrow",
+                compute=ActorPoolStrategy(
+                    min_size=self.resources.min_actors, max_size=self.resources.max_actors
+                ),
+                num_cpus=self.resources.num_cpus,
+                num_gpus=self.resources.num_gpus or None,
+            )
+            .map_batches(
+                publish,
+                fn_kwargs={"ledger": self.ledger, "fingerprint": self.fingerprint},
+                batch_size=None,
+                batch_format="pyarrow",
+                num_cpus=LIGHT_CPUS,
+                compute=TaskPoolStrategy(size=light),
+            )
+        )
+
+    def _columns(self) -> list[str]:
+        return [self.work.text_column, *self.work.columns]
+
+
+def _receipts_of(block: pa.Table) -> Iterator[Receipt]:
+    for row in block.to_pylist():
+        yield Receipt(**row)

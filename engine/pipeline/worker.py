@@ -1,0 +1,153 @@
+"""The embedding actor: builds its model once, and turns parcels of texts into parcels of vectors."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from engine.config import ModelConfig
+from engine.errors import EngineError, ProviderError, Refused
+from engine.models import registry
+from engine.models.base import Embeddings, Vectors
+from engine.pipeline.parcel import Item, pack, unpack
+from engine.schema import EMBEDDING, SOURCE_ROW, Reject, Usage, vectors_type
+from engine.sources import texts as text_checks
+
+logger = logging.getLogger(__name__)
+
+MADE_ID = "id"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What an actor has to know. It travels to the actors, so it is small, and holds no secret."""
+
+    model: ModelConfig
+    identity: dict[str, Any]
+    """Of the model, as the driver found it: an actor on another machine must find the same."""
+    text_column: str
+    id_column: str | None
+    """If None, an id of file and row is made."""
+    columns: tuple[str, ...]
+    """What a part keeps of its source, the id first."""
+    num_threads: int
+    """For the model, on CPUs; 0 leaves them as they are."""
+    log_level: int
+
+
+class EmbedWorker:
+    """
+    A `map_batches` actor. It has one model and one event loop for its life.
+
+    A bad row never leaves it as an exception: Ray would drop its whole block. What does is about the model or the config.
+    """
+
+    def __init__(self, work: Work) -> None:
+        _show_logs(work.log_level)
+        self._work = work
+        self._loop = asyncio.new_event_loop()
+        if work.num_threads:
+            _set_threads(work.num_threads)
+        if registry.identity(work.model) != work.identity:
+            raise Refused(
+                f"the model {work.model.model} on the node of an actor is not the one on the driver's: "
+                "make both the same, then run the same command again"
+            )
+        self._model = registry.build(work.model)
+        self._device = getattr(self._model, "device", "")
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Return the block's parcels with `embedding` in place of the text."""
+        try:
+            return pa.concat_tables([pack(self._embed(items)) for items in unpack(block)])
+        except EngineError:
+            raise
+        except Exception as error:  # a message of the model's libraries could quote a text
+            raise ProviderError(
+                f"the model {self._work.model.model} failed: {type(error).__name__}; what was committed is kept"
+            ) from None
+
+    def _embed(self, items: Sequence[Item]) -> list[Item]:
+        """Embed the texts of all items together, so that batches fill up however small the shards are."""
+        found = [text_checks.split(text_checks.values_of(item.table.column(self._work.text_column))) for item in items]
+        all_texts = [text for texts, _, _ in found for text in texts]
+        logger.debug("embedding started: %d texts", len(all_texts))
+        started = time.perf_counter()
+        answer = self._loop.run_until_complete(self._answer(all_texts))
+        seconds = time.perf_counter() - started
+        logger.debug("embedding done: %d embeddings, %d rejects", len(answer.vectors), len(answer.rejects))
+
+        embedded = []
+        first_text = first_vector = 0
+        for item, (texts, positions, reasons) in zip(items, found, strict=True):
+            stop = first_text + len(texts)
+            failed = {at - first_text: why for at, why in answer.rejects.items() if first_text <= at < stop}
+            kept = [position for number, position in enumerate(positions) if number not in failed]
+            reasons |= {positions[number]: why for number, why in failed.items()}
+            vectors = answer.vectors[first_vector : first_vector + len(kept)]
+            share = len(texts) / len(all_texts) if all_texts else 0.0
+            usage = Usage(
+                num_tokens=round(answer.num_tokens * share),
+                embed_s=round(seconds * share, 6),
+                device=self._device,
+                created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+            rows = self._kept_columns(item)
+            table = _with_vectors(rows if len(kept) == rows.num_rows else rows.take(kept), vectors)
+            embedded.append(Item(item.shard, table, _rejects(rows, reasons), usage))
+            first_text, first_vector = stop, first_vector + len(kept)
+        return embedded
+
+    async def _answer(self, texts: list[str]) -> Embeddings:
+        """Embed texts; the dimension is known even if there are none."""
+        answer = await self._model.embed_rows(texts)
+        if not len(answer.vectors):
+            answer.vectors = answer.vectors.reshape(0, await self._model.dimension())
+        return answer
+
+    def _kept_columns(self, item: Item) -> pa.Table:
+        """Return the columns that a part keeps, the id first, and `_source_row`; the text only if it is kept."""
+        if self._work.id_column:
+            return item.table.select([*self._work.columns, SOURCE_ROW])
+        rows = item.table.column(SOURCE_ROW)
+        ids = pc.binary_join_element_wise(item.shard.file.path, rows.cast(pa.string()), "#")
+        return item.table.select([*self._work.columns, SOURCE_ROW]).add_column(0, MADE_ID, ids)
+
+
+def _with_vectors(rows: pa.Table, vectors: Vectors) -> pa.Table:
+    """Put `embedding` before `_source_row`, which is the last column of a part."""
+    flat = pa.array(vectors.reshape(-1), pa.float32())
+    embedding = pa.FixedSizeListArray.from_arrays(flat, type=vectors_type(vectors.shape[1]))
+    return rows.add_column(rows.num_columns - 1, EMBEDDING, embedding)
+
+
+def _rejects(rows: pa.Table, reasons: dict[int, str]) -> list[Reject]:
+    ids, source_rows = rows.column(0), rows.column(SOURCE_ROW)
+    return [Reject(source_rows[at].as_py(), ids[at].as_py(), reasons[at]) for at in sorted(reasons)]
+
+
+def _set_threads(num_threads: int) -> None:
+    """Give the model as many threads as the actor has cores: Ray starts its processes with one."""
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)
+    import torch
+
+    torch.set_num_threads(num_threads)
+
+
+def _show_logs(level: int) -> None:
+    """Let the engine's log lines out of the actor; Ray carries what a worker prints to the driver."""
+    root = logging.getLogger("engine")
+    if not root.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        root.addHandler(handler)
+    root.setLevel(level)

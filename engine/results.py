@@ -1,0 +1,126 @@
+"""What the faces return: plain data, that prints well and becomes JSON as it is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+class Result:
+    """Gives every result the one form in which `--json` prints it."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as JSON types."""
+        return asdict(self)  # type: ignore[call-overload,no-any-return] # every subclass is a dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PlanResult(Result):
+    """What a run would do. Nothing was written for it, and no model loaded."""
+
+    output: str
+    model: str
+    fingerprint: str
+    num_files: int
+    num_rows: int
+    num_bytes: int
+    """Text, decoded."""
+    num_shards: int
+    shard_rows: int
+    done_shards: int
+    done_rows: int
+    pending_shards: int
+    pending_rows: int
+    pending_bytes: int
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult(Result):
+    """What a run did, and what is left."""
+
+    output: str
+    model: str
+    num_rows: int
+    """Rows that got a vector in this run."""
+    num_rejects: int
+    reasons: dict[str, int]
+    """How many rows this run rejected for each reason."""
+    num_tokens: int
+    num_shards: int
+    done_before_rows: int
+    """Rows that former runs had committed, the rejected among them."""
+    pending_rows: int
+    """Rows that are left: 0 unless the run was interrupted."""
+    seconds: float
+    """From the call to the last receipt."""
+    start_s: float
+    """Of those, until the first shard was committed: starting Ray, loading the model, embedding one shard."""
+    rows_per_s: float
+    """After the first shard; of the whole run if there was only one."""
+    num_actors: int
+    device: str
+    interrupted: bool = False
+    total_rejects: int | None = None
+    """Rejects of all runs, counted only if `max_rejects` was given."""
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class StatusResult(Result):
+    """Where an output stands, by its records."""
+
+    output: str
+    model: str
+    fingerprint: str
+    created_at: str
+    num_shards: int
+    num_rows: int
+    num_rejects: int
+    reasons: dict[str, int]
+    num_tokens: int
+    num_bytes: int
+    """Of all parts."""
+    dimension: int
+    embed_s: float
+    """Seconds of model time, added up over actors."""
+    pending_shards: int | None
+    """None if the source cannot be read from here."""
+    pending_rows: int | None
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding(Result):
+    """One thing that verification found wrong."""
+
+    shard_id: str
+    problem: str
+    advice: str
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyResult(Result):
+    """What verification looked at, and what it found."""
+
+    output: str
+    level: str
+    num_shards: int
+    num_rows: int
+    num_rejects: int
+    pending_rows: int | None
+    findings: list[Finding]
+    set_aside: list[str] = field(default_factory=list)
+    """Files that were moved away, because it was asked for."""
+    lowest_cosine: float | None = None
+    """Of vectors made again, at level `sample`."""
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Nothing was found."""
+        return not self.findings
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as JSON types, and `ok`."""
+        return asdict(self) | {"ok": self.ok}

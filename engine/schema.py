@@ -1,0 +1,196 @@
+"""
+The words of the engine as data: shards, rejects, receipts and commit records, and the columns of a part.
+
+Everything that is stored is JSON with sorted keys and no spaces, so that equal things are equal bytes and every hash is one
+of a canonical form.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import xxhash
+
+from engine.errors import CorruptOutput
+
+FORMAT_VERSION = 1
+"""Of the output folder as a whole. It is in the fingerprint: parts of two formats never share an output."""
+
+EMBEDDING = "embedding"
+SOURCE_ROW = "_source_row"
+PART_METADATA = b"embedding_engine"
+"""Key of a part's own metadata: all that its commit record says, so that the record can be made again from the part alone."""
+
+
+def canonical_json(value: Any) -> str:
+    """Return JSON in its one canonical form: sorted keys, no spaces, UTF-8 kept as it is."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def content_hash(data: bytes | str) -> str:
+    """Return the 128-bit XXH3 of `data`, as 32 hexadecimal digits. Against accidents, not against attackers."""
+    raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data  # file names may be any bytes
+    return str(xxhash.xxh3_128_hexdigest(raw))
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """One file of a source, as it was when it was listed: the identity that its shards carry."""
+
+    path: str
+    """Relative to the source's base, with forward slashes: what shard ids are made from."""
+    location: str
+    """Where to open it."""
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A contiguous range of rows of one input file: the unit of work, of commit, and of loss."""
+
+    id: str
+    file: InputFile
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @classmethod
+    def of(cls, fingerprint: str, file: InputFile, start: int, stop: int) -> Shard:
+        """Name the rows `start` to `stop` of `file`, embedded under `fingerprint`: another input or model, another id."""
+        key = canonical_json([fingerprint, file.path, file.size, file.mtime_ns, start, stop])
+        return cls(content_hash(key), file, start, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A row that cannot be embedded, with its reason. It never holds the text."""
+
+    source_row: int
+    id: Any
+    reason: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the line of `_engine/rejects/<shard_id>.jsonl`; an id that JSON does not know is written as its text."""
+        known = isinstance(self.id, (str, int, float, bool)) or self.id is None
+        return {"source_row": self.source_row, "id": self.id if known else str(self.id), "reason": self.reason}
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a shard cost the model. It travels in the part, and is the same for whoever reads it."""
+
+    num_tokens: int = 0
+    embed_s: float = 0.0
+    device: str = ""
+    created_at: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CommitRecord:
+    """
+    What became of one shard. It is a pure function of the part's bytes.
+
+    So whoever publishes a shard, or adopts a part that has no record yet, writes the same bytes; a record that differs
+    is a conflict, never a matter of timing.
+    """
+
+    shard_id: str
+    fingerprint: str
+    path: str
+    size: int
+    mtime_ns: int
+    start: int
+    stop: int
+    num_rows: int
+    num_rejects: int
+    reasons: dict[str, int]
+    dimension: int
+    num_bytes: int
+    checksum: str
+    usage: Usage
+
+    def to_bytes(self) -> bytes:
+        """Return the record as it is stored."""
+        return (canonical_json(asdict(self)) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str) -> CommitRecord:
+        """
+        Read what `to_bytes` wrote.
+
+        Raises:
+            CorruptOutput: If it is not that; `name` says which file.
+        """
+        try:
+            fields = json.loads(data)
+            return cls(**fields | {"usage": Usage(**fields["usage"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise CorruptOutput(
+                f"the commit record {name} cannot be read ({type(error).__name__}); "
+                "`engine verify OUT --set-aside` moves it away, and the next run makes its shard again"
+            ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """One row that says what became of a shard in this run; the driver sees nothing else of it."""
+
+    shard_id: str
+    num_rows: int
+    num_rejects: int
+    num_tokens: int
+    embed_s: float
+    num_bytes: int
+    outcome: str
+    """`committed` by this run, `adopted` from a part that had no record, or `present`: another run was first."""
+    reasons: str
+    """JSON: how many rows were rejected for each reason."""
+    device: str
+
+    @classmethod
+    def of(cls, record: CommitRecord, outcome: str) -> Receipt:
+        """Make the receipt for a shard whose record is stored."""
+        return cls(
+            shard_id=record.shard_id,
+            num_rows=record.num_rows,
+            num_rejects=record.num_rejects,
+            num_tokens=record.usage.num_tokens,
+            embed_s=record.usage.embed_s,
+            num_bytes=record.num_bytes,
+            outcome=outcome,
+            reasons=canonical_json(record.reasons),
+            device=record.usage.device,
+        )
+
+
+def count_reasons(rejects: Iterable[Reject]) -> dict[str, int]:
+    """Count rejects by reason, the most frequent first."""
+    return dict(Counter(reject.reason for reject in rejects).most_common())
+
+
+def fingerprint_of(parts: Mapping[str, Any]) -> str:
+    """Hash all that decides the vectors; `parts` is kept beside it in job.json, so that a difference can be named."""
+    return content_hash(canonical_json(dict(parts)))
+
+
+def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Name the fields in which two fingerprints differ, one line each: `field: stored -> asked`."""
+    names = sorted(stored.keys() | asked.keys())
+    return [
+        f"{name}: {canonical_json(stored.get(name))} in the output, {canonical_json(asked.get(name))} asked for"
+        for name in names
+        if stored.get(name) != asked.get(name)
+    ]
+
+
+def vectors_type(dimension: int) -> pa.DataType:
+    """Return the type of the `embedding` column: a fixed-size list of float32, zero-copy to numpy and back."""
+    return pa.list_(pa.field("item", pa.float32(), nullable=False), dimension)

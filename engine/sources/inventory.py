@@ -1,0 +1,117 @@
+"""The inventory of a source: which files it names, and what identifies each of them."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import SourceChanged, SourceError
+from engine.schema import InputFile
+
+SUFFIXES = (".parquet", ".pq")
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """All files of a job's source, in the order of their paths, which are relative to `base`."""
+
+    base: str
+    files: tuple[InputFile, ...]
+
+
+def list_inputs(sources: Sequence[str], *, outside: str | None = None) -> Inventory:
+    """
+    List the files that `sources` name: files, folders (all Parquet below them) and globs.
+
+    Names that begin with a dot or an underscore are left out of folders, as all readers of Parquet folders do. A file that
+    is named twice counts once. The base is the nearest folder above everything, so that it does not depend on the order.
+
+    Args:
+        sources: Paths or patterns; `~` is the home folder, `**` any depth.
+        outside: The output's folder: an input inside it is refused, since a run would embed what it writes.
+
+    Raises:
+        SourceError: If a source names nothing.
+    """
+    found: dict[str, os.stat_result] = {}
+    roots: set[str] = set()
+    for source in sources:
+        root, paths = _expand(source)
+        roots.add(root)
+        for path in paths:
+            found[path] = _stat(path)
+    if outside:
+        _refuse_inside(found, outside)
+    base = os.path.commonpath(sorted(roots))
+    files = (
+        InputFile(Path(path).relative_to(base).as_posix(), path, status.st_size, status.st_mtime_ns)
+        for path, status in sorted(found.items())
+    )
+    return Inventory(base, tuple(files))
+
+
+def check_unchanged(file: InputFile) -> None:
+    """
+    Make sure that an input still is what was listed.
+
+    Raises:
+        SourceError: If it is gone.
+        SourceChanged: If its size or its time of change is another.
+    """
+    status = _stat(file.location)
+    if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+        raise SourceChanged(
+            f"the input {file.location} changed while it was being read; what was committed is kept. "
+            "Let its writer finish, then run again: if rows of its former content were committed already, "
+            "the run will say so and ask for a new output folder"
+        )
+
+
+def _expand(source: str) -> tuple[str, list[str]]:
+    """Return the root that a source's paths are relative to, and the absolute paths of its files."""
+    if "://" in source and not source.startswith("file://"):
+        raise SourceError(f"source {source!r}: only local files, folders and globs can be read")
+    path = str(Path(source.removeprefix("file://")).expanduser().absolute())
+    if Path(path).is_dir():
+        paths = sorted(_below(path))
+        if not paths:
+            raise SourceError(f"the folder {source!r} holds no Parquet files ({', '.join(SUFFIXES)})")
+        return path, paths
+    if Path(path).is_file():
+        return str(Path(path).parent), [path]
+    if not glob.has_magic(path):
+        raise SourceError(f"there is no file or folder {source!r}; check the path (globs need quotes)")
+    paths = sorted(match for match in glob.glob(path, recursive=True) if Path(match).is_file())
+    if not paths:
+        raise SourceError(f"no files match {source!r}")
+    steps = Path(path).parts
+    fixed = next(number for number, step in enumerate(steps) if glob.has_magic(step))
+    return str(Path(*steps[:fixed])), paths
+
+
+def _below(folder: str) -> Iterator[str]:
+    for where, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
+        for name in names:
+            if name.endswith(SUFFIXES) and not name.startswith((".", "_")):
+                yield str(Path(where, name))
+
+
+def _stat(path: str) -> os.stat_result:
+    try:
+        return Path(path).stat()
+    except OSError as error:
+        raise SourceError(f"the input {path} cannot be read: {error.strerror}") from None
+
+
+def _refuse_inside(paths: dict[str, os.stat_result], output: str) -> None:
+    folder = Path(output).expanduser().absolute()
+    for path in paths:
+        if folder in Path(path).parents:
+            raise SourceError(
+                f"the input {path} lies inside the output {output}: a run would embed its own output; "
+                "put the output beside the source, not above it"
+            )

@@ -1,0 +1,196 @@
+"""
+Storage: create-if-absent, read, list, set aside, delete.
+
+A commit needs one thing of a store: that of many writers of one name exactly one wins, and that what it wrote is whole the
+moment its name exists. On a local disk that is `link(2)` of a synced staging file; on an object store one conditional put.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Protocol
+
+from engine.errors import ConfigError, EngineError
+
+STAGING = "_engine/tmp"
+STAGING_MAX_AGE_S = 24 * 3600
+"""A staging file this old belongs to no live writer: writing one takes seconds."""
+
+
+class Storage(Protocol):
+    """Named bytes under one root. Names are relative, with forward slashes."""
+
+    root: str
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Create `name` with `data`, whole and durable, or return False and change nothing if it is there already."""
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of `name`; raise FileNotFoundError if it is not there."""
+
+    def sizes(self, folder: str) -> Iterator[tuple[str, int]]:
+        """Yield the name below `folder`, and the size in bytes, of each file in it; nothing if there is no such folder."""
+
+    def names(self, folder: str) -> Iterator[str]:
+        """Yield what `sizes` yields, without the sizes: a listing costs one call for many files, a size one a file."""
+
+    def rename(self, name: str, to: str) -> None:
+        """Move `name` to the unused name `to`; no error if `name` is gone."""
+
+    def collect_staging(self) -> int:
+        """Delete what dead writers left behind; return how many files that was."""
+
+
+class LocalStorage:
+    """A folder on a local or network disk that has hard links."""
+
+    def __init__(self, root: str) -> None:
+        self.root = str(Path(root).absolute())
+        self._known: set[str] = set()
+
+    def __reduce__(self) -> tuple[type[LocalStorage], tuple[str]]:
+        return LocalStorage, (self.root,)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Create `name` with `data`, whole and durable, or return False and change nothing if it is there already."""
+        final = self._path(name)
+        if final.exists():
+            return False
+        with _explained(self.root):
+            staging = self._stage(data)
+            try:
+                self._folder(final.parent)
+                os.link(staging, final)
+            except FileExistsError:
+                return False
+            finally:
+                with suppress(FileNotFoundError):
+                    staging.unlink()
+            _sync_folder(final.parent)
+        return True
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of `name`; raise FileNotFoundError if it is not there."""
+        return self._path(name).read_bytes()
+
+    def sizes(self, folder: str) -> Iterator[tuple[str, int]]:
+        """Yield the name below `folder`, and the size in bytes, of each file in it; nothing if there is no such folder."""
+        for entry in self._scan(folder):
+            with suppress(FileNotFoundError):
+                yield entry.name, entry.stat().st_size
+
+    def names(self, folder: str) -> Iterator[str]:
+        """Yield the name below `folder` of each file in it; nothing if there is no such folder."""
+        for entry in self._scan(folder):
+            yield entry.name
+
+    def rename(self, name: str, to: str) -> None:
+        """Move `name` to the unused name `to`; no error if `name` is gone."""
+        target = self._path(to)
+        with _explained(self.root), suppress(FileNotFoundError):
+            self._folder(target.parent)
+            self._path(name).rename(target)
+            _sync_folder(target.parent)
+            _sync_folder(self._path(name).parent)
+
+    def collect_staging(self) -> int:
+        """Delete what dead writers left behind; return how many files that was."""
+        num_deleted = 0
+        oldest = time.time() - STAGING_MAX_AGE_S
+        for entry in self._scan(STAGING):
+            with suppress(FileNotFoundError):
+                if entry.stat().st_mtime < oldest:
+                    Path(entry.path).unlink()
+                    num_deleted += 1
+        return num_deleted
+
+    def _path(self, name: str) -> Path:
+        return Path(self.root, name)
+
+    def _scan(self, folder: str) -> Iterator[os.DirEntry[str]]:
+        try:
+            entries = os.scandir(self._path(folder))
+        except FileNotFoundError:
+            return
+        with entries:
+            yield from (entry for entry in entries if entry.is_file(follow_symlinks=False))
+
+    def _stage(self, data: bytes) -> Path:
+        """Write and sync `data` under a name that no reader takes for a part."""
+        staging = self._path(f"{STAGING}/{uuid.uuid4().hex}.staging")
+        self._folder(staging.parent)
+        try:
+            with staging.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            with suppress(OSError):
+                staging.unlink()
+            raise
+        return staging
+
+    def _folder(self, path: Path) -> None:
+        """Make a folder and sync its parents, once per process: a file is only as durable as the names above it."""
+        if str(path) in self._known and path.is_dir():
+            return
+        missing = [p for p in (path, *path.parents) if not p.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        for made in missing:
+            _sync_folder(made.parent)
+        self._known.add(str(path))
+
+
+def open_storage(location: str) -> Storage:
+    """
+    Open the store that an output's location names.
+
+    Raises:
+        ConfigError: If no store of that kind is known.
+    """
+    scheme, separator, rest = location.partition("://")
+    if separator and scheme != "file":
+        raise ConfigError(f"output {location!r}: only local folders can be written to; give a path")
+    path = Path(rest if separator else location).expanduser()
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"output {location!r} is a file; give a folder")
+    return LocalStorage(str(path))
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_ADVICE = {
+    errno.ENOSPC: "the disk is full: free some space and run the same command again",
+    errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
+    errno.EFBIG: "a file may not grow that large here: raise the limit, or lower --shard-rows for a new output",
+    errno.EACCES: "permission denied: make the folder writable and run the same command again",
+    errno.EPERM: "not permitted (a file system without hard links?): use an output folder on a local disk",
+    errno.EROFS: "the file system is read-only: use another output folder",
+    errno.EIO: "the disk reports an input/output error: check it, then run the same command again",
+}
+
+
+@contextmanager
+def _explained(root: str) -> Iterator[None]:
+    """Turn an OSError of the store into one message that says what to do; what was committed is untouched by it."""
+    try:
+        yield
+    except (FileExistsError, FileNotFoundError):
+        raise
+    except OSError as error:
+        advice = _ADVICE.get(error.errno or 0, "check the disk, then run the same command again")
+        raise EngineError(
+            f"cannot write to {root} ({error.strerror or type(error).__name__}): {advice}; all that was committed is kept"
+        ) from None

@@ -1,0 +1,48 @@
+"""Cheap deterministic models for tests: real providers by import path, as a user would write them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+
+import numpy as np
+
+from engine.models.base import BaseEmbeddingModel
+
+
+class HashModel(BaseEmbeddingModel):
+    """
+    Vectors from a hash of the text.
+
+    Args:
+        dimension: Of the vectors.
+        delay_s: Seconds that each call takes.
+        fail_on: A text that contains this raises.
+        env_file: A file to which each actor appends its process id and what it sees as CUDA_VISIBLE_DEVICES.
+    """
+
+    def __init__(
+        self, dimension: int = 8, delay_s: float = 0.0, fail_on: str | None = None, env_file: str | None = None
+    ) -> None:
+        self.size = dimension
+        self.delay_s = delay_s
+        self.fail_on = fail_on
+        if env_file:
+            with open(env_file, "a") as file:  # noqa: PTH123
+                file.write(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}\n")
+
+    def slug(self) -> str:
+        return f"hash-{self.size}"
+
+    async def embed(self, texts: list[str]) -> np.ndarray:
+        if self.delay_s:
+            await asyncio.sleep(self.delay_s)
+        if self.fail_on and any(self.fail_on in text for text in texts):
+            raise RuntimeError("it contains what must not be")
+        return np.stack([self.vector(text) for text in texts])
+
+    def vector(self, text: str) -> np.ndarray:
+        """Return what any run must give for `text`: shape (dimension,), float32, in (0, 1]."""
+        seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+        return 1 - np.random.default_rng(seed).random(self.size, dtype=np.float32)
