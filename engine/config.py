@@ -55,9 +55,7 @@ class ModelConfig(BaseModel):
     revision: str | None = Field(
         None, description="branch, tag or commit of a model on the Hugging Face Hub (its commit is what counts)"
     )
-    trust_remote_code: bool = Field(
-        False, description="run code that comes with the model", json_schema_extra=_VECTORS
-    )
+    trust_remote_code: bool = Field(False, description="run code that comes with the model", json_schema_extra=_VECTORS)
     device: str = Field("auto", description="auto, cpu, cuda or mps; auto takes the GPU that Ray assigns")
     batch_size: int | None = Field(
         None, ge=1, description="texts that go through the model together (Kura's model_batch_size)"

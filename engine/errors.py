@@ -52,7 +52,7 @@ class SourceError(ConfigError):
     """An input is missing, unreadable, or not what the configuration says."""
 
 
-class Refused(EngineError):  # noqa: N818 - the exit code's own name: refused, not failed
+class Refused(EngineError):
     """Going on would mix, double or lose something, so nothing was touched."""
 
     exit_code = 3
@@ -89,7 +89,7 @@ class RateLimited(ProviderError):
 
 
 class InputRejected(ProviderError):
-    """This one text is refused; its neighbours are not. The message becomes the reject's reason."""
+    """One text is refused; its neighbours are not. The message becomes the reject's reason."""
 
 
 class CorruptOutput(EngineError):

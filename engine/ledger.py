@@ -24,8 +24,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from engine import part as parts
 from engine.errors import CommitConflict, CorruptOutput, EngineError, FingerprintMismatch, Refused
+from engine.part import Part, check, decode, encode
 from engine.schema import (
     EMBEDDING,
     CommitRecord,
@@ -195,11 +195,11 @@ class Ledger:
             return False
         return True
 
-    def part(self, shard_id: str) -> parts.Part:
+    def part(self, shard_id: str) -> Part:
         """Read one part whole and check it; raise CorruptOutput if it is missing or damaged."""
         name = part_name(shard_id)
         try:
-            return parts.decode(self.storage.read(name), name)
+            return decode(self.storage.read(name), name)
         except FileNotFoundError:
             raise CorruptOutput(f"the part {name} is missing") from None
 
@@ -216,9 +216,9 @@ class Ledger:
             CommitConflict: If a record is there that says something else.
         """
         name = part_name(shard.id)
-        parts.check(table, shard=shard, rejects=rejects, name=name)
-        data = parts.encode(table, shard=shard, fingerprint=fingerprint, rejects=rejects, usage=usage)
-        parts.decode(data, name)
+        check(table, shard=shard, rejects=rejects, name=name)
+        data = encode(table, shard=shard, fingerprint=fingerprint, rejects=rejects, usage=usage)
+        decode(data, name)
         self._fix_dimension(table.schema.field(EMBEDDING).type.list_size)
         is_ours = self.storage.create(name, data)
         try:
@@ -241,8 +241,8 @@ class Ledger:
             CorruptOutput: If the part is missing, damaged, or not of this shard and fingerprint.
             CommitConflict: If a record is there that says something else.
         """
-        part = self.part(shard.id)
-        record = part.record
+        stored = self.part(shard.id)
+        record = stored.record
         if (record.shard_id, record.fingerprint, record.start, record.stop) != (
             shard.id,
             fingerprint,
@@ -251,8 +251,8 @@ class Ledger:
         ):
             raise CorruptOutput(f"the part {part_name(shard.id)} is of another shard or job")
         self._fix_dimension(record.dimension)
-        if part.rejects:
-            self._create_same(rejects_name(shard.id), part.rejects_bytes(), shard.id)
+        if stored.rejects:
+            self._create_same(rejects_name(shard.id), stored.rejects_bytes(), shard.id)
         self._create_same(record_name(shard.id), record.to_bytes(), shard.id)
         return Receipt.of(record, outcome)
 

@@ -60,9 +60,7 @@ def choose_shard_rows(shapes: Sequence[FileShape]) -> int:
     return min(max(by_text, by_count), by_memory)
 
 
-def make_plan(
-    shapes: Sequence[FileShape], *, shard_rows: int, fingerprint: str, committed: AbstractSet[str]
-) -> Plan:
+def make_plan(shapes: Sequence[FileShape], *, shard_rows: int, fingerprint: str, committed: AbstractSet[str]) -> Plan:
     """
     Cut all files and take away what is committed.
 

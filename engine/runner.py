@@ -255,9 +255,7 @@ def _stream(found: Survey, tally: Tally, on_event: OnEvent) -> None:
         with closing(_pipeline(found, chosen, groups).receipts()) as receipts:
             for receipt in receipts:
                 tally.add(receipt)
-                on_event(
-                    ShardDone(receipt.num_rows, receipt.num_rejects, receipt.num_tokens, receipt.num_bytes)
-                )
+                on_event(ShardDone(receipt.num_rows, receipt.num_rejects, receipt.num_tokens, receipt.num_bytes))
 
 
 def _pipeline(found: Survey, chosen: Resources, groups: list[Any]) -> Stream:

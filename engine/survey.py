@@ -59,9 +59,7 @@ def survey(config: JobConfig) -> Survey:
     job = stored or asked
     recorded, parts = ledger.committed(), ledger.part_ids()
     missing = frozenset(recorded - parts)
-    todo = make_plan(
-        shapes, shard_rows=job.shard_rows, fingerprint=job.fingerprint, committed=recorded - missing
-    )
+    todo = make_plan(shapes, shard_rows=job.shard_rows, fingerprint=job.fingerprint, committed=recorded - missing)
     warnings = [*_unknown_warnings(ledger, todo, inventory, job)]
     if missing:
         warnings.append(f"{len(missing)} parts are gone although they were committed: a run makes them again")

@@ -34,7 +34,7 @@ class Embeddings:
     """Tokens that went through the model, as the model counts them; 0 if it does not."""
 
 
-class BadAnswer(Exception):  # noqa: N818 - never leaves this package; it is an answer, judged
+class BadAnswer(Exception):
     """A model's answer that is not one vector of the right shape for each text."""
 
 
@@ -81,14 +81,27 @@ class BaseEmbeddingModel(ABC):
         Raises:
             ConfigError: If the arguments do not fit, or options are given that a custom model knows nothing of.
         """
-        foreign = ("dtype", "max_length", "dimensions", "normalize", "prompt", "revision", "trust_remote_code", "batch_size")
+        foreign = (
+            "dtype",
+            "max_length",
+            "dimensions",
+            "normalize",
+            "prompt",
+            "revision",
+            "trust_remote_code",
+            "batch_size",
+        )
         given = [name for name in foreign if getattr(config, name) != ModelConfig.model_fields[name].default]
         if given:
-            raise ConfigError(f"{', '.join(given)}: not for custom models; put what {config.name} takes into model_args")
+            raise ConfigError(
+                f"{', '.join(given)}: not for custom models; put what {config.name} takes into model_args"
+            )
         try:
             return cls(**config.model_args)
         except TypeError as error:
-            raise ConfigError(f"cannot build {config.name} from model_args {sorted(config.model_args)}: {error}") from None
+            raise ConfigError(
+                f"cannot build {config.name} from model_args {sorted(config.model_args)}: {error}"
+            ) from None
 
     async def embed_rows(self, texts: Sequence[str]) -> Embeddings:
         """
@@ -159,7 +172,7 @@ class BaseEmbeddingModel(ABC):
         try:
             answer = await self._checked([PROBE])
             if not _is_usable(answer[0]):
-                raise BadAnswer("vector is zero or not finite")
+                raise BadAnswer("vector is zero or not finite")  # noqa: TRY301 - judged with the model's own errors
         except Exception as again:
             self._raise_if_not_about_texts(again)
             raise ProviderError(

@@ -182,7 +182,9 @@ def _chosen_device(device: str) -> str:
         return "mps" if torch.backends.mps.is_available() else "cpu"
     kind = device.partition(":")[0]
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {device}: torch {torch.__version__} sees no CUDA device here; use --device cpu or auto")
+        raise ConfigError(
+            f"device {device}: torch {torch.__version__} sees no CUDA device here; use --device cpu or auto"
+        )
     return device
 
 

@@ -48,7 +48,9 @@ def settings(**wanted: object) -> Iterator[None]:
 
     The engine shows the progress itself. What the caller had set is put back at the end.
     """
-    wanted |= dict.fromkeys(("enable_progress_bars", "enable_operator_progress_bars", "print_on_execution_start"), False)
+    wanted |= dict.fromkeys(
+        ("enable_progress_bars", "enable_operator_progress_bars", "print_on_execution_start"), False
+    )
     context = ray.data.DataContext.get_current()
     before = {name: getattr(context, name) for name in wanted}
     loggers = [logging.getLogger(name) for name in RAY_LOGGERS]

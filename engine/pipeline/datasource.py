@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import pyarrow as pa
@@ -43,15 +43,12 @@ class ShardDatasource(Datasource):  # type: ignore[misc] # Ray's classes are unt
         """Return None: Ray then goes by what it sees."""
         return None
 
-    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
+    def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
         """Return tasks over neighbouring parcels, which often share a file, in the order of the plan."""
         count = self.num_read_tasks
         total = len(self._parcels)
         bounds = [total * number // count for number in range(count + 1)]
-        return [
-            self._task(self._parcels[start:stop], self._columns)
-            for start, stop in zip(bounds, bounds[1:], strict=False)
-        ]
+        return [self._task(self._parcels[start:stop], self._columns) for start, stop in pairwise(bounds)]
 
     @staticmethod
     def _task(parcels: list[Parcel], columns: list[str]) -> ReadTask:

@@ -14,9 +14,7 @@ from engine.schema import Receipt
 def publish(block: pa.Table, *, ledger: Ledger, fingerprint: str) -> pa.Table:
     """Commit every shard in a block; return a row for each receipt."""
     receipts: list[Receipt] = [
-        ledger.publish(
-            item.table, shard=item.shard, fingerprint=fingerprint, rejects=item.rejects, usage=item.usage
-        )
+        ledger.publish(item.table, shard=item.shard, fingerprint=fingerprint, rejects=item.rejects, usage=item.usage)
         for items in unpack(block)
         for item in items
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -18,6 +18,7 @@ from engine.pipeline.resources import LIGHT_CPUS, Resources
 from engine.pipeline.worker import EmbedWorker, Work
 from engine.schema import Receipt
 
+
 @dataclass(frozen=True, slots=True)
 class Stream:
     """One run's way through Ray: read, embed, publish."""
@@ -28,7 +29,7 @@ class Stream:
     fingerprint: str
     resources: Resources
 
-    def receipts(self) -> Iterator[Receipt]:
+    def receipts(self) -> Generator[Receipt]:
         """
         Run, and yield a receipt for each shard as it is committed. To stop early, close the iterator.
 
@@ -53,9 +54,7 @@ class Stream:
                 fn_constructor_args=(self.work,),
                 batch_size=None,
                 batch_format="pyarrow",
-                compute=ActorPoolStrategy(
-                    min_size=self.resources.min_actors, max_size=self.resources.max_actors
-                ),
+                compute=ActorPoolStrategy(min_size=self.resources.min_actors, max_size=self.resources.max_actors),
                 num_cpus=self.resources.num_cpus,
                 num_gpus=self.resources.num_gpus or None,
             )

@@ -84,7 +84,7 @@ def _expand(source: str) -> tuple[str, list[str]]:
         return str(Path(path).parent), [path]
     if not glob.has_magic(path):
         raise SourceError(f"there is no file or folder {source!r}; check the path (globs need quotes)")
-    paths = sorted(match for match in glob.glob(path, recursive=True) if Path(match).is_file())
+    paths = sorted(match for match in glob.glob(path, recursive=True) if Path(match).is_file())  # noqa: PTH207 - pathlib cannot match an absolute pattern
     if not paths:
         raise SourceError(f"no files match {source!r}")
     steps = Path(path).parts
