@@ -107,9 +107,7 @@ class JobConfig(ModelConfig):
         None, description="the column that names a row; by default an `id` of file and row is made"
     )
     keep: tuple[str, ...] = Field((), description="columns to copy beside the vectors; repeat for more than one")
-    shard_rows: int | None = Field(
-        None, ge=1, description="rows a shard, fixed by an output's first run; by default chosen from the texts"
-    )
+    shard_rows: int | None = Field(None, ge=1, description="rows a shard; by default chosen from the texts")
     num_actors: int | None = Field(
         None, ge=1, description="most model actors at once; by default one per GPU or group of cores"
     )
@@ -157,6 +155,10 @@ class JobConfig(ModelConfig):
         if self.min_actors and self.num_actors and self.min_actors > self.num_actors:
             raise ValueError(f"min_actors {self.min_actors} is more than num_actors {self.num_actors}")
         return self
+
+    def of_model(self) -> ModelConfig:
+        """Return what a model is built with, without the job around it."""
+        return ModelConfig.model_validate(self.model_dump(include=set(ModelConfig.model_fields)))
 
     @property
     def kept_columns(self) -> tuple[str, ...]:

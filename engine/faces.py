@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from engine import runner
 from engine.config import load_config
-from engine.runner import embed, status
+from engine.inline import embed
+from engine.runner import status
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from engine.results import PlanResult, RunResult, VerifyResult
+    from engine.verification import Level
 
 __all__ = ["embed", "plan", "run", "status", "verify"]
 
@@ -49,7 +51,7 @@ def run(*, config: str | Path | None = None, progress: bool = True, **options: A
 
 def verify(
     output: str | Path,
-    level: Literal["quick", "footers", "full", "sample"] = "quick",
+    level: Level = "quick",
     *,
     set_aside: bool = False,
     sample_rows: int = 64,

@@ -148,9 +148,11 @@ class Ledger:
         """
         if stored.fingerprint != fingerprint:
             lines = "\n  ".join(differences(stored.decided_by, decided_by))
+            is_empty = next(self.storage.names(DATA), None) is None
             raise FingerprintMismatch(
                 f"{self.root} was made by another job, and vectors of two jobs must not mix:\n  {lines}\n"
-                "Use another output folder, or run with the settings of the output. Nothing was touched"
+                "Use another output folder, or run with the settings of the output"
+                f"{' (no vector is in it yet: if no run is using it, delete it)' if is_empty else ''}. Nothing was touched"
             )
 
     def committed(self) -> set[str]:
@@ -166,6 +168,10 @@ class Ledger:
         """Return the shard ids of all parts: one listing, no file is opened."""
         names = self.storage.names(DATA)
         return {name[5:-8] for name in names if name.startswith("part-") and name.endswith(".parquet")}
+
+    def rejected(self) -> set[str]:
+        """Return the ids of all shards that have rejects: one listing, no file is opened."""
+        return {name[:-6] for name in self.storage.names(REJECTS) if name.endswith(".jsonl")}
 
     def records(self, shard_ids: Sequence[str] | None = None) -> Iterator[CommitRecord]:
         """
@@ -251,6 +257,8 @@ class Ledger:
         ):
             raise CorruptOutput(f"the part {part_name(shard.id)} is of another shard or job")
         self._fix_dimension(record.dimension)
+        if outcome != "committed":
+            self.storage.persist(part_name(shard.id))  # before the record that vouches for it
         if stored.rejects:
             self._create_same(rejects_name(shard.id), stored.rejects_bytes(), shard.id)
         self._create_same(record_name(shard.id), record.to_bytes(), shard.id)
@@ -269,8 +277,8 @@ class Ledger:
         moved = []
         for name in (record_name(shard_id), part_name(shard_id), rejects_name(shard_id)):
             to = f"{SET_ASIDE}/{stamp}-{name.rsplit('/', 1)[1]}.bad"
-            self.storage.rename(name, to)
-            moved.append(to)
+            if self.storage.rename(name, to):
+                moved.append(to)
         return moved
 
     def _fix_dimension(self, dimension: int) -> None:

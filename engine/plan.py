@@ -10,8 +10,12 @@ from engine.schema import Shard
 from engine.sources.parquet import FileShape
 
 SHARD_TEXT_BYTES = 4 * 1024**2
-"""Text in a shard: seconds of work for a model, thousands of times what Ray spends on it (about 16 ms)."""
-MIN_SHARD_ROWS = 256
+"""Text in a shard of a large job: seconds of work for the fastest model, beside which Ray's 16 ms a shard are nothing."""
+MIN_SHARD_TEXT_BYTES = 256 * 1024
+"""Text in a shard of a small job: seconds of work on a few cores."""
+SHARDS_OF_A_SMALL_JOB = 64
+"""What a small job is cut into, if its shards do not get too small for it: enough for a few actors to share it evenly."""
+MIN_SHARD_ROWS = 64
 MAX_SHARD_ROWS = 16_384
 MAX_SHARDS = 100_000
 """More than this and driver and listings are felt: larger jobs get larger shards, up to a size that memory bears."""
@@ -30,6 +34,7 @@ class Plan:
     shard_rows: int
     pending: tuple[Shard, ...]
     pending_rows: int
+    pending_files: int
     unknown: frozenset[str]
     """Committed shards that the inventory does not have: their inputs are gone, or are no longer what they were."""
 
@@ -54,7 +59,8 @@ def choose_shard_rows(shapes: Sequence[FileShape]) -> int:
     if not num_rows:
         return MAX_SHARD_ROWS
     row_bytes = max(1.0, text_bytes / num_rows)
-    by_text = min(max(int(SHARD_TEXT_BYTES / row_bytes), MIN_SHARD_ROWS), MAX_SHARD_ROWS)
+    shard_bytes = min(max(text_bytes / SHARDS_OF_A_SMALL_JOB, MIN_SHARD_TEXT_BYTES), SHARD_TEXT_BYTES)
+    by_text = min(max(int(shard_bytes / row_bytes), MIN_SHARD_ROWS), MAX_SHARD_ROWS)
     by_count = -(-num_rows // MAX_SHARDS)
     by_memory = max(MIN_SHARD_ROWS, int(MAX_SHARD_TEXT_BYTES / row_bytes))
     return min(max(by_text, by_count), by_memory)
@@ -92,6 +98,7 @@ def make_plan(shapes: Sequence[FileShape], *, shard_rows: int, fingerprint: str,
         shard_rows=shard_rows,
         pending=tuple(pending),
         pending_rows=sum(len(shard) for shard in pending),
+        pending_files=len({shard.file.path for shard in pending}),
         unknown=unknown,
     )
 

@@ -29,6 +29,7 @@ class PlanResult(Result):
     shard_rows: int
     done_shards: int
     done_rows: int
+    pending_files: int
     pending_shards: int
     pending_rows: int
     pending_bytes: int
@@ -124,3 +125,31 @@ class VerifyResult(Result):
     def as_json(self) -> dict[str, Any]:
         """Return the fields as JSON types, and `ok`."""
         return asdict(self) | {"ok": self.ok}
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlanned:
+    """Event: it is known what is left to do; Ray is joined or started next."""
+
+    pending_rows: int
+    pending_shards: int
+    num_rows: int
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStarted:
+    """Event: the actors begin to load the model."""
+
+    num_actors: int
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardDone:
+    """Event: a shard is committed."""
+
+    num_rows: int
+    num_rejects: int
+    num_tokens: int
+    num_bytes: int

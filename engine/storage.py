@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from engine.errors import ConfigError, EngineError
 
@@ -34,14 +34,20 @@ class Storage(Protocol):
     def read(self, name: str) -> bytes:
         """Return the bytes of `name`; raise FileNotFoundError if it is not there."""
 
+    def open(self, name: str) -> BinaryIO:
+        """Open `name` to read pieces of it, such as a footer; raise FileNotFoundError if it is not there."""
+
+    def persist(self, name: str) -> None:
+        """Make sure that `name`, which another writer created and may not have lived to sync, survives a power cut."""
+
     def sizes(self, folder: str) -> Iterator[tuple[str, int]]:
         """Yield the name below `folder`, and the size in bytes, of each file in it; nothing if there is no such folder."""
 
     def names(self, folder: str) -> Iterator[str]:
         """Yield what `sizes` yields, without the sizes: a listing costs one call for many files, a size one a file."""
 
-    def rename(self, name: str, to: str) -> None:
-        """Move `name` to the unused name `to`; no error if `name` is gone."""
+    def rename(self, name: str, to: str) -> bool:
+        """Move `name` to the unused name `to`; return False if `name` is gone."""
 
     def collect_staging(self) -> int:
         """Delete what dead writers left behind; return how many files that was."""
@@ -79,6 +85,15 @@ class LocalStorage:
         """Return the bytes of `name`; raise FileNotFoundError if it is not there."""
         return self._path(name).read_bytes()
 
+    def open(self, name: str) -> BinaryIO:
+        """Open `name` to read pieces of it, such as a footer; raise FileNotFoundError if it is not there."""
+        return self._path(name).open("rb")
+
+    def persist(self, name: str) -> None:
+        """Make sure that `name`, which another writer created and may not have lived to sync, survives a power cut."""
+        with _explained(self.root):
+            _sync_folder(self._path(name).parent)
+
     def sizes(self, folder: str) -> Iterator[tuple[str, int]]:
         """Yield the name below `folder`, and the size in bytes, of each file in it; nothing if there is no such folder."""
         for entry in self._scan(folder):
@@ -90,14 +105,18 @@ class LocalStorage:
         for entry in self._scan(folder):
             yield entry.name
 
-    def rename(self, name: str, to: str) -> None:
-        """Move `name` to the unused name `to`; no error if `name` is gone."""
+    def rename(self, name: str, to: str) -> bool:
+        """Move `name` to the unused name `to`; return False if `name` is gone."""
         target = self._path(to)
-        with _explained(self.root), suppress(FileNotFoundError):
+        with _explained(self.root):
             self._folder(target.parent)
-            self._path(name).rename(target)
+            try:
+                self._path(name).rename(target)
+            except FileNotFoundError:
+                return False
             _sync_folder(target.parent)
             _sync_folder(self._path(name).parent)
+        return True
 
     def collect_staging(self) -> int:
         """Delete what dead writers left behind; return how many files that was."""

@@ -12,16 +12,31 @@ from engine.ledger import Job, Ledger
 from engine.models import registry
 from engine.plan import Plan, choose_shard_rows, make_plan
 from engine.schema import FORMAT_VERSION, fingerprint_of
-from engine.sources.inventory import Inventory, list_inputs
+from engine.sources.inventory import Inventory, absolute, list_inputs
 from engine.sources.parquet import FileShape, read_shapes
 from engine.storage import open_storage
 from engine.version import __version__
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
-    """A job and its output, and what is between them."""
+class Standing:
+    """An output against its source: what is left to do, and what is odd."""
 
+    plan: Plan
+    missing: frozenset[str]
+    """Committed shards whose part is gone, and that the plan has as pending."""
+    lost: frozenset[str]
+    """Committed shards whose part is gone, and whose input is gone too."""
+    unrecorded: frozenset[str]
+    """Pending shards that have a part: a run died before it could write their record."""
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """A job that is asked for, and how far its output is."""
+
+    standing: Standing
     config: JobConfig
     """With the model's revision pinned."""
     identity: dict[str, Any]
@@ -29,12 +44,6 @@ class Survey:
     ledger: Ledger
     job: Job
     """As it is stored, or as a first run would store it."""
-    plan: Plan
-    missing: frozenset[str]
-    """Committed shards whose part is gone; the plan has them as pending."""
-    unrecorded: frozenset[str]
-    """Pending shards that have a part: a run died before it could write their record."""
-    warnings: tuple[str, ...]
 
 
 def survey(config: JobConfig) -> Survey:
@@ -57,30 +66,32 @@ def survey(config: JobConfig) -> Survey:
         ledger.check(stored, asked.fingerprint, asked.decided_by)
         _check_stored(config, stored, asked)
     job = stored or asked
-    recorded, parts = ledger.committed(), ledger.part_ids()
-    missing = frozenset(recorded - parts)
-    todo = make_plan(shapes, shard_rows=job.shard_rows, fingerprint=job.fingerprint, committed=recorded - missing)
-    warnings = [*_unknown_warnings(ledger, todo, inventory, job)]
-    if missing:
-        warnings.append(f"{len(missing)} parts are gone although they were committed: a run makes them again")
-    if not todo.num_rows:
-        warnings.append("the source has no rows")
-    unrecorded = frozenset(shard.id for shard in todo.pending if shard.id in parts)
-    return Survey(pinned, identity, ledger, job, todo, missing, unrecorded, tuple(warnings))
+    standing = _compare(ledger, job, inventory, shapes)
+    return Survey(standing, pinned, identity, ledger, job)
 
 
-def opened(output: str) -> tuple[Ledger, Job]:
+def resurvey(output: str) -> tuple[Ledger, Job, Standing | None, str]:
     """
-    Open an output that exists.
+    Open an output, and compare it with the source that it was begun with. The model is not looked for.
+
+    Returns:
+        The ledger, the job, what was found, and, if there are no findings, why the source cannot be compared.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is no output.
+        CorruptOutput: If its job.json cannot be read.
     """
     ledger = Ledger(open_storage(output))
     job = ledger.job()
     if job is None:
         raise ConfigError(f"{output} is not an output of the engine: it has no _engine/job.json; check the path")
-    return ledger, job
+    config = stored_config(job, output)
+    try:
+        inventory = list_inputs(config.source)
+        shapes = read_shapes(inventory.files, text_column=config.text_column, kept=config.kept_columns)
+        return ledger, job, _compare(ledger, job, inventory, shapes), ""
+    except (SourceError, Refused, CorruptOutput) as error:
+        return ledger, job, None, f"what is left to do cannot be told: {error.message}"
 
 
 def stored_config(job: Job, output: str) -> JobConfig:
@@ -91,13 +102,25 @@ def stored_config(job: Job, output: str) -> JobConfig:
         raise CorruptOutput(f"the config in {output}/_engine/job.json is not this engine's: {error.message}") from None
 
 
-def resurvey(output: str) -> tuple[Ledger, Job, Survey | None, str]:
-    """Open an output and survey its stored config; without a survey, the last item says why its source cannot be read."""
-    ledger, job = opened(output)
-    try:
-        return ledger, job, survey(stored_config(job, output)), ""
-    except (SourceError, SourceChanged) as error:
-        return ledger, job, None, f"what is left to do cannot be told: {error.message}"
+def _compare(ledger: Ledger, job: Job, inventory: Inventory, shapes: list[FileShape]) -> Standing:
+    # In this order: a record that is listed has had its part for some time.
+    recorded, parts = ledger.committed(), ledger.part_ids()
+    gone = recorded - parts
+    todo = make_plan(shapes, shard_rows=job.shard_rows, fingerprint=job.fingerprint, committed=recorded - gone)
+    missing = frozenset(shard.id for shard in todo.pending if shard.id in gone)
+    warnings = _unknown_warnings(ledger, todo, inventory, job)
+    if missing:
+        warnings.append(f"{len(missing)} parts are gone although they were committed: a run makes them again")
+    lost = frozenset(gone - missing)
+    if lost:
+        warnings.append(
+            f"{len(lost)} parts are gone although they were committed, and so are their inputs: "
+            "restore either from a copy"
+        )
+    if not todo.num_rows:
+        warnings.append("the source has no rows")
+    unrecorded = frozenset(shard.id for shard in todo.pending if shard.id in parts)
+    return Standing(todo, missing, lost, unrecorded, tuple(warnings))
 
 
 def _job(config: JobConfig, identity: dict[str, Any], inventory: Inventory, shapes: list[FileShape]) -> Job:
@@ -108,7 +131,7 @@ def _job(config: JobConfig, identity: dict[str, Any], inventory: Inventory, shap
         shard_rows=config.shard_rows or choose_shard_rows(shapes),
         base=inventory.base,
         kept_types=dict(shapes[0].kept_types) if shapes else {},
-        config=config.model_dump(mode="json"),
+        config=config.model_dump(mode="json") | {"source": [absolute(source) for source in config.source]},
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         engine_version=__version__,
         format_version=FORMAT_VERSION,

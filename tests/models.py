@@ -46,3 +46,25 @@ class HashModel(BaseEmbeddingModel):
         """Return what any run must give for `text`: shape (dimension,), float32, in (0, 1]."""
         seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
         return 1 - np.random.default_rng(seed).random(self.size, dtype=np.float32)
+
+
+class BrokenModel(HashModel):
+    """Fails whatever the text."""
+
+    async def embed(self, texts: list[str]) -> np.ndarray:
+        raise RuntimeError("always")
+
+
+class MeddlingModel(HashModel):
+    """Changes an input while the job runs: once, at its third call."""
+
+    def __init__(self, change_file: str) -> None:
+        super().__init__(delay_s=0.05)
+        self.change_file = change_file
+        self.num_calls = 0
+
+    async def embed(self, texts: list[str]) -> np.ndarray:
+        self.num_calls += 1
+        if self.num_calls == 3:
+            os.utime(self.change_file)
+        return await super().embed(texts)

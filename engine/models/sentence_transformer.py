@@ -158,8 +158,10 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
 def _load(name: str, device: str, dtype: str, revision: str | None, trust_remote_code: bool) -> SentenceTransformer:
     import torch
     from sentence_transformers import SentenceTransformer
+    from transformers.utils.logging import disable_progress_bar
 
     folder = _folder(name)
+    disable_progress_bar()  # in an actor it would be noise in the driver's log
     try:
         return SentenceTransformer(
             str(folder) if folder else _hub_name(name),

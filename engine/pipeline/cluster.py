@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,7 +31,8 @@ def connected(address: str | None) -> Iterator[None]:
         yield
         return
     try:
-        ray.init(address=address, logging_level=logging.WARNING, include_dashboard=None if address else False)
+        with _quiet_core():
+            ray.init(address=address, logging_level=logging.WARNING, include_dashboard=None if address else False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"cannot connect to Ray at {address or 'this machine'} ({type(error).__name__}): "
@@ -42,30 +45,59 @@ def connected(address: str | None) -> Iterator[None]:
 
 
 @contextmanager
+def _quiet_core() -> Iterator[None]:
+    """Keep the notices of Ray's C++ core off the screen (one comes with every actor pool); a level set by the user holds."""
+    name = "RAY_BACKEND_LOG_LEVEL"
+    if name in os.environ or logging.getLogger("engine").isEnabledFor(logging.DEBUG):
+        yield
+        return
+    os.environ[name] = "fatal"
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+
+
+@contextmanager
 def settings(**wanted: object) -> Iterator[None]:
     """
-    Set fields of Ray Data's context for a while, and keep its own bars and notices off the screen; errors still show.
+    Set fields of Ray Data's context for a while, and keep its own bars and notices off the screen.
 
-    The engine shows the progress itself. What the caller had set is put back at the end.
+    The engine shows the progress and says what failed itself; Ray's log files still tell all. What the caller had set is put
+    back at the end.
     """
     wanted |= dict.fromkeys(
         ("enable_progress_bars", "enable_operator_progress_bars", "print_on_execution_start"), False
     )
+    wanted["raise_original_map_exception"] = True  # else Ray passes on the text of an error, and not the error
     context = ray.data.DataContext.get_current()
     before = {name: getattr(context, name) for name in wanted}
-    loggers = [logging.getLogger(name) for name in RAY_LOGGERS]
-    levels = [logger.level for logger in loggers]
     for name, value in wanted.items():
         setattr(context, name, value)
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     try:
-        yield
+        with _quiet_console(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks")
+            yield
     finally:
         for name, value in before.items():
             setattr(context, name, value)
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+
+
+@contextmanager
+def _quiet_console() -> Iterator[None]:
+    """Let Ray Data's loggers write to their files alone."""
+    loggers = [logging.getLogger(name) for name in RAY_LOGGERS]
+    handlers = [
+        handler for logger in loggers for handler in logger.handlers if isinstance(handler, logging.StreamHandler)
+    ]
+    levels = [handler.level for handler in handlers]
+    for handler in handlers:
+        handler.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for handler, level in zip(handlers, levels, strict=True):
+            handler.setLevel(level)
 
 
 @contextmanager
@@ -73,8 +105,6 @@ def translated() -> Iterator[None]:
     """Turn what Ray wraps around an error of a task back into that error."""
     try:
         yield
-    except EngineError:
-        raise
     except Exception as error:
         found = _engine_error(error)
         if found is not None:
@@ -88,7 +118,7 @@ def translated() -> Iterator[None]:
 
 
 def _engine_error(error: BaseException | None) -> EngineError | None:
-    """Find the engine's error in a chain of causes."""
+    """Find the engine's own error in a chain of causes; Ray's hybrids, which are of its class too, are not it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -54,7 +54,8 @@ def decide(config: JobConfig, cluster: Mapping[str, float], num_parcels: int) ->
     if wants_gpu or (gpus > 0 and config.device == "auto"):
         share = config.gpus_per_actor or 1.0
         room = _actors_on_gpus(gpus, share)
-        num_cpus = min(1.0, max(cpus, 1.0) / max(room, 1)) * (1 - RESERVED_CPUS)
+        core = min(1.0, max(cpus, 1.0) / max(room, 1))
+        num_cpus = core - min(RESERVED_CPUS, core / 2)
         need, has = f"{share:g} GPU", f"{gpus:g} GPUs"
         num_gpus, num_threads = share, 0
     else:

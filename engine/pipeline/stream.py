@@ -52,7 +52,7 @@ class Stream:
             .map_batches(
                 EmbedWorker,
                 fn_constructor_args=(self.work,),
-                batch_size=None,
+                batch_size=1,  # a parcel a call; Ray refuses None beside GPUs
                 batch_format="pyarrow",
                 compute=ActorPoolStrategy(min_size=self.resources.min_actors, max_size=self.resources.max_actors),
                 num_cpus=self.resources.num_cpus,

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from engine.config import ModelConfig
 from engine.errors import EngineError, ProviderError, Refused
 from engine.models import registry
-from engine.models.base import Embeddings, Vectors
+from engine.models.base import BaseEmbeddingModel, Embeddings, Vectors
 from engine.pipeline.parcel import Item, pack, unpack
 from engine.schema import EMBEDDING, SOURCE_ROW, Reject, Usage, vectors_type
 from engine.sources import texts as text_checks
@@ -55,26 +55,22 @@ class EmbedWorker:
         _show_logs(work.log_level)
         self._work = work
         self._loop = asyncio.new_event_loop()
-        if work.num_threads:
-            _set_threads(work.num_threads)
-        if registry.identity(work.model) != work.identity:
-            raise Refused(
-                f"the model {work.model.model} on the node of an actor is not the one on the driver's: "
-                "make both the same, then run the same command again"
-            )
-        self._model = registry.build(work.model)
-        self._device = getattr(self._model, "device", "")
+        self._failure: EngineError | None = None
+        try:
+            self._model = _built(work)
+        except EngineError as error:
+            self._failure = error  # for the first call: of an error in a constructor Ray passes on the text alone
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Return the block's parcels with `embedding` in place of the text."""
+        if self._failure is not None:
+            raise self._failure
         try:
             return pa.concat_tables([pack(self._embed(items)) for items in unpack(block)])
         except EngineError:
             raise
-        except Exception as error:  # a message of the model's libraries could quote a text
-            raise ProviderError(
-                f"the model {self._work.model.model} failed: {type(error).__name__}; what was committed is kept"
-            ) from None
+        except Exception as error:
+            raise _failed(self._work, error) from None
 
     def _embed(self, items: Sequence[Item]) -> list[Item]:
         """Embed the texts of all items together, so that batches fill up however small the shards are."""
@@ -98,11 +94,12 @@ class EmbedWorker:
             usage = Usage(
                 num_tokens=round(answer.num_tokens * share),
                 embed_s=round(seconds * share, 6),
-                device=self._device,
+                device=getattr(self._model, "device", ""),
                 created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             )
             rows = self._kept_columns(item)
-            table = _with_vectors(rows if len(kept) == rows.num_rows else rows.take(kept), vectors)
+            survivors = rows if len(kept) == rows.num_rows else rows.take(pa.array(kept, pa.int64()))
+            table = _with_vectors(survivors, vectors)
             embedded.append(Item(item.shard, table, _rejects(rows, reasons), usage))
             first_text, first_vector = stop, first_vector + len(kept)
         return embedded
@@ -121,6 +118,27 @@ class EmbedWorker:
         rows = item.table.column(SOURCE_ROW)
         ids = pc.binary_join_element_wise(item.shard.file.path, rows.cast(pa.string()), "#")
         return item.table.select([*self._work.columns, SOURCE_ROW]).add_column(0, MADE_ID, ids)
+
+
+def _built(work: Work) -> BaseEmbeddingModel:
+    if work.num_threads:
+        _set_threads(work.num_threads)
+    if registry.identity(work.model) != work.identity:
+        raise Refused(
+            f"the model {work.model.model} on the node of an actor is not the one on the driver's: "
+            "make both the same, then run the same command again"
+        )
+    try:
+        return registry.build(work.model)
+    except EngineError:
+        raise
+    except Exception as error:
+        raise _failed(work, error) from None
+
+
+def _failed(work: Work, error: Exception) -> ProviderError:
+    """Name an error without its message, which comes from the model's libraries and could quote a text."""
+    return ProviderError(f"the model {work.model.model} failed: {type(error).__name__}; what was committed is kept")
 
 
 def _with_vectors(rows: pa.Table, vectors: Vectors) -> pa.Table:

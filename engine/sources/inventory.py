@@ -53,6 +53,11 @@ def list_inputs(sources: Sequence[str], *, outside: str | None = None) -> Invent
     return Inventory(base, tuple(files))
 
 
+def absolute(source: str) -> str:
+    """Return a source as it is named from anywhere on this machine."""
+    return str(Path(source.removeprefix("file://")).expanduser().absolute())
+
+
 def check_unchanged(file: InputFile) -> None:
     """
     Make sure that an input still is what was listed.
@@ -74,7 +79,7 @@ def _expand(source: str) -> tuple[str, list[str]]:
     """Return the root that a source's paths are relative to, and the absolute paths of its files."""
     if "://" in source and not source.startswith("file://"):
         raise SourceError(f"source {source!r}: only local files, folders and globs can be read")
-    path = str(Path(source.removeprefix("file://")).expanduser().absolute())
+    path = absolute(source)
     if Path(path).is_dir():
         paths = sorted(_below(path))
         if not paths:

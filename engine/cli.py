@@ -1,0 +1,229 @@
+"""
+The command line: verbs over the runner.
+
+Its options are the fields of `JobConfig`, so that a flag, a key in YAML and a keyword argument have one name, one check and
+one error. stdout is for results, stderr for progress, warnings and logs. An error becomes one message and an exit code.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.text import Text
+from typer.exceptions import TyperException
+
+from engine import runner
+from engine.config import load_config
+from engine.errors import ConfigError, EngineError
+from engine.options import given, job_options
+from engine.terminal import show_plan, show_run, show_status, show_verify
+from engine.version import __version__
+
+if TYPE_CHECKING:
+    from engine.config import JobConfig
+    from engine.results import Result, RunResult
+
+_Result = TypeVar("_Result", bound="Result")
+
+TOO_MANY_REJECTS = 5
+VERIFICATION_FAILED = 6
+INTERRUPTED = 130
+"""As shells have it: 128 and SIGINT."""
+
+Json = Annotated[bool, typer.Option("--json", help="print the result as one JSON object")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="log what happens")]
+Debug = Annotated[bool, typer.Option("--debug", help="log everything, and show tracebacks")]
+Config = Annotated[
+    str | None, typer.Option("--config", metavar="FILE", help="a YAML file of the options; those given here win")
+]
+Output = Annotated[str, typer.Argument(metavar="OUT", help="an output folder")]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Embed texts in bulk: Parquet in, vectors out, and no work lost.",
+)
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """How a command ended, besides by an error."""
+
+    exit_code: int = 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run one command.
+
+    Args:
+        argv: Without the program's name; by default what the process was called with.
+
+    Returns:
+        The exit code: 0 done; 1 unexpected; 2 the command or config is wrong; 3 refused; 4 the model fails; 5 too many rejects;
+        6 verification failed; 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    outcome = _Outcome()
+    try:
+        app(arguments, standalone_mode=False, obj=outcome)
+    except TyperException as error:
+        return _say_error(f"{error.format_message()}; see `engine --help`", ConfigError.exit_code, arguments)
+    except EngineError as error:
+        _trace(arguments)
+        return _say_error(error.message, error.exit_code, arguments)
+    except (KeyboardInterrupt, typer.Abort):
+        return _say_error("interrupted; what was committed is kept", INTERRUPTED, arguments)
+    except Exception as error:  # its message could quote a text: only --debug shows it
+        _trace(arguments)
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"unexpected {type(error).__name__} in {Path(where.filename).name}, line {where.lineno}"
+        return _say_error(f"{what}; --debug shows more", EngineError.exit_code, arguments)
+    return outcome.exit_code
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        print(__version__)  # noqa: T201 - the result
+        raise typer.Exit
+
+
+@app.command(
+    "plan",
+    help="Say what a run would do: files, rows, shards and bytes, done and left. Writes nothing, loads no model.",
+    epilog="Example: engine plan --source 'texts/*.parquet' --output out",
+)
+@job_options
+def _plan(
+    *, config: Config = None, as_json: Json = False, verbose: Verbose = False, debug: Debug = False, **options: Any
+) -> None:
+    with _reporting(verbose, debug):
+        result = runner.plan(load_config(config, **given(options)))
+    _print(result, as_json, show_plan)
+
+
+@app.command(
+    "run",
+    help="Embed what is pending. Run the same command again to go on where it stopped, however it stopped.",
+    epilog="Example: engine run --source texts --output out --model sentence-transformers:all-MiniLM-L6-v2 --id-column id",
+)
+@job_options
+def _run(
+    context: typer.Context,
+    *,
+    config: Config = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+    **options: Any,
+) -> None:
+    from engine.progress import Progress
+
+    job = load_config(config, **given(options))
+    with _reporting(verbose, debug) as console, Progress(console) as shown:
+        result = runner.run(job, on_event=shown)
+    _print(result, as_json, show_run)
+    context.obj.exit_code = _exit_code_of(result, job)
+
+
+@app.command("status", help="Say where an output stands, by its records.", epilog="Example: engine status out")
+def _status(output: Output, as_json: Json = False, verbose: Verbose = False, debug: Debug = False) -> None:
+    with _reporting(verbose, debug):
+        result = runner.status(output)
+    _print(result, as_json, show_status)
+
+
+@app.command(
+    "verify",
+    help="Check an output against its plan, its records and its files; exit with 6 if anything is wrong or missing.",
+    epilog="Example: engine verify out --level full",
+)
+def _verify(
+    context: typer.Context,
+    output: Output,
+    level: Annotated[
+        Literal["quick", "footers", "full", "sample"],
+        typer.Option(
+            help="quick: listings and records; footers: and every footer; full: every byte; sample: embed rows again"
+        ),
+    ] = "quick",
+    set_aside: Annotated[
+        bool, typer.Option("--set-aside", help="move bad parts away, so that the next run makes them again")
+    ] = False,
+    sample_rows: Annotated[int, typer.Option(min=1, help="rows that level sample embeds again")] = 64,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    with _reporting(verbose, debug):
+        result = runner.verify(output, level, set_aside=set_aside, sample_rows=sample_rows)
+    _print(result, as_json, show_verify)
+    context.obj.exit_code = 0 if result.ok else VERIFICATION_FAILED
+
+
+@contextmanager
+def _reporting(verbose: bool, debug: bool) -> Iterator[Console]:
+    """Send logs, and whatever libraries and workers print, to stderr: stdout is for the result."""
+    console = Console(stderr=True, highlight=False)
+    handler = RichHandler(console=console, show_path=False, markup=False, log_time_format="%X")
+    logger = logging.getLogger("engine")
+    before = logger.level
+    logger.setLevel(logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield console
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+def _print(result: _Result, as_json: bool, show: Callable[[Console, _Result], None]) -> None:
+    if as_json:
+        print(json.dumps(result.as_json()))  # noqa: T201 - the result
+    else:
+        show(Console(highlight=False, soft_wrap=True), result)
+
+
+def _exit_code_of(result: RunResult, job: JobConfig) -> int:
+    if result.interrupted:
+        _say(f"interrupted: {result.pending_rows:,} rows are left; the same command goes on where this one stopped")
+        return INTERRUPTED
+    if job.max_rejects is not None and (result.total_rejects or 0) > job.max_rejects:
+        _say(
+            f"error: {result.total_rejects:,} rows are rejected, and --max-rejects is {job.max_rejects:,}; all others are "
+            f"embedded. The reasons are in {result.output}/_engine/rejects"
+        )
+        return TOO_MANY_REJECTS
+    return 0
+
+
+def _say_error(message: str, exit_code: int, arguments: Sequence[str]) -> int:
+    """Print an error to stderr, and as the one object on stdout if that was asked for."""
+    _say(f"error: {message}")
+    if "--json" in arguments:
+        print(json.dumps({"error": message, "exit_code": exit_code}))  # noqa: T201 - the result
+    return exit_code
+
+
+def _say(message: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(message))
+
+
+def _trace(arguments: Sequence[str]) -> None:
+    if "--debug" in arguments:
+        traceback.print_exc()

@@ -1,0 +1,61 @@
+"""Embedding inline: a few texts, here and now, without a cluster, files or a job."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from engine.config import ModelConfig, validated
+from engine.errors import ConfigError, EngineError
+from engine.models import registry
+from engine.sources.texts import reject_reason
+
+if TYPE_CHECKING:
+    from engine.models.base import BaseEmbeddingModel, Embeddings, Vectors
+
+
+def embed(texts: Sequence[str], **options: Any) -> Vectors:
+    """
+    Embed a few texts here and now: no cluster, no files. It works inside a running event loop too.
+
+    Args:
+        texts: Neither empty nor blank, each a string.
+        options: `model` and the other fields of `ModelConfig`. The model stays loaded for the next call.
+
+    Returns:
+        Shape (len(texts), dimension), float32.
+
+    Raises:
+        EngineError: If a text cannot be embedded; says which, by position, and why.
+    """
+    if isinstance(texts, str):
+        raise ConfigError("embed takes a list of texts; for one text, give a list of one")
+    for position, text in enumerate(texts):
+        if (reason := reject_reason(text)) is not None:
+            raise EngineError(f"text {position} cannot be embedded: {reason}")
+    answer = _embed_aside(_resident(validated(ModelConfig, options).model_dump_json()), list(texts))
+    if answer.rejects:
+        position, reason = min(answer.rejects.items())
+        raise EngineError(f"text {position} cannot be embedded: {reason}")
+    return answer.vectors
+
+
+@lru_cache(maxsize=2)
+def _resident(config: str) -> BaseEmbeddingModel:
+    """Build a model once for all calls of `embed` with the same options."""
+    return registry.build(ModelConfig.model_validate_json(config))
+
+
+def _embed_aside(model: BaseEmbeddingModel, texts: list[str]) -> Embeddings:
+    """Run the model's coroutine to its end on the one loop that all calls share, in a thread beside the caller's."""
+    return asyncio.run_coroutine_threadsafe(model.embed_rows(texts), _own_loop()).result()
+
+
+@lru_cache(maxsize=1)
+def _own_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="engine-embed", daemon=True).start()
+    return loop

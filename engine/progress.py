@@ -1,0 +1,181 @@
+"""Progress, as a person watches it: a live line on a terminal and in notebooks, plain lines at a sane pace elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Self
+
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.progress import Progress as Bar
+from rich.text import Text
+
+from engine.results import PoolStarted, RunPlanned, ShardDone
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from rich.console import Console
+
+WINDOW = 32
+"""Shards over which a rate is taken: as many as smooth it, few enough to follow a pool that grows."""
+FIRST_MINUTE_S = 60.0
+LINE_EVERY_S = (10.0, 60.0)
+"""Between two plain lines: in the first minute, and later. A day's log has some 1,500 of them."""
+
+
+@dataclass(slots=True)
+class Meter:
+    """How far a run is, and how fast."""
+
+    pending_rows: int = 0
+    rows: int = 0
+    """Done in this run, the rejected among them."""
+    tokens: int = 0
+    started: float = field(default_factory=time.monotonic)
+    _marks: deque[tuple[float, int, int]] = field(default_factory=lambda: deque(maxlen=WINDOW))
+
+    def start(self) -> None:
+        """Begin to count the time."""
+        self.started = time.monotonic()
+        self._marks.append((self.started, 0, 0))
+
+    def add(self, event: ShardDone) -> None:
+        """Count a shard."""
+        self.rows += event.num_rows + event.num_rejects
+        self.tokens += event.num_tokens
+        self._marks.append((time.monotonic(), self.rows, self.tokens))
+        if len(self._marks) == 3 and self._marks[0][1] == 0:
+            self._marks.popleft()  # the first shard carries the cold start
+
+    @property
+    def share(self) -> float:
+        """Of what was pending, what is done: 0 to 1."""
+        return self.rows / self.pending_rows if self.pending_rows else 1.0
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Rows and tokens per second over the last shards; zeros until one is done."""
+        if len(self._marks) < 2:
+            return 0.0, 0.0
+        (then, rows, tokens), (now, more_rows, more_tokens) = self._marks[0], self._marks[-1]
+        seconds = max(now - then, 1e-9)
+        return (more_rows - rows) / seconds, (more_tokens - tokens) / seconds
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds that are left; None as long as nothing tells."""
+        rows_per_s, _ = self.rates
+        if not rows_per_s:
+            return None
+        since_last = time.monotonic() - self._marks[-1][0]
+        return max((self.pending_rows - self.rows) / rows_per_s - since_last, 0.0)
+
+
+class Progress:
+    """
+    Shows the events of a run; a context manager, and the callable that `engine.runner.run` calls.
+
+    Args:
+        console: Where; on stderr, since stdout is for results.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._meter = Meter()
+        self._next_line = 0.0
+        self._bar: Bar | None = None
+        if console.is_terminal or console.is_jupyter:
+            self._bar = Bar(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=12),
+                _Facts(self._meter),
+                console=console,
+                transient=True,
+            )
+            self._task = self._bar.add_task("planning", total=None)
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def __call__(self, event: RunPlanned | PoolStarted | ShardDone) -> None:
+        """Show what the event changes."""
+        if isinstance(event, RunPlanned):
+            self._meter.pending_rows = event.pending_rows
+            done = event.num_rows - event.pending_rows
+            kept = f"; {done:,} are done" if done else ""
+            self._say("starting Ray", f"{event.pending_rows:,} rows in {event.pending_shards:,} shards to embed{kept}")
+        elif isinstance(event, PoolStarted):
+            self._meter.start()
+            actors = f"{event.num_actors} {event.device} actor{'s' if event.num_actors != 1 else ''}"
+            self._say("loading the model", f"loading the model on {actors}")
+        else:
+            self._meter.add(event)
+            if self._bar:
+                self._bar.update(
+                    self._task, description="embedding", total=self._meter.pending_rows, completed=self._meter.rows
+                )
+            elif time.monotonic() >= self._next_line or self._meter.rows >= self._meter.pending_rows:
+                self._line(f"{self._meter.share:4.0%}  {facts(self._meter)}")
+                is_young = time.monotonic() - self._meter.started < FIRST_MINUTE_S
+                self._next_line = time.monotonic() + LINE_EVERY_S[0 if is_young else 1]
+
+    def _say(self, description: str, line: str) -> None:
+        if self._bar:
+            self._bar.update(self._task, description=description)
+        else:
+            self._line(line)
+
+    def _line(self, text: str) -> None:
+        self._console.print(Text(text), soft_wrap=True)
+
+
+class _Facts(ProgressColumn):
+    """What a run's live line says beside its bar; the time left goes on between shards."""
+
+    max_refresh = 0.5
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        self._meter = meter
+
+    def render(self, task: Task) -> Text:  # noqa: ARG002 - rich's interface
+        """Return the facts, once there are any."""
+        return Text(f"{self._meter.share:.0%}  {facts(self._meter)}" if self._meter.rows else "")
+
+
+def facts(meter: Meter) -> str:
+    """Return how far and how fast, on half a line."""
+    rows_per_s, tokens_per_s = meter.rates
+    said = [f"{meter.rows:,}/{meter.pending_rows:,} rows", f"{_rounded(rows_per_s)} rows/s"]
+    if tokens_per_s:
+        said.append(f"{_rounded(tokens_per_s)} tok/s")
+    if meter.left_s is not None and meter.rows < meter.pending_rows:
+        said.append(f"{duration(meter.left_s)} left")
+    return "  ".join(said)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people say them: 9 s, 2:05 min, 3:10 h, 4 d 2 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02} min"
+    if whole < 86400:
+        return f"{whole // 3600}:{whole % 3600 // 60:02} h"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def _rounded(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"

@@ -1,0 +1,90 @@
+"""The tally: what has become of a run so far, counted receipt by receipt."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from engine.results import RunResult
+
+if TYPE_CHECKING:
+    from engine.schema import Receipt
+    from engine.survey import Survey
+
+
+@dataclass(slots=True)
+class Tally:
+    """What has become of a run so far. The driver holds this, and never a vector."""
+
+    started: float = field(default_factory=time.perf_counter)
+    first: float | None = None
+    last: float | None = None
+    first_rows: int = 0
+    num_rows: int = 0
+    num_rejects: int = 0
+    num_tokens: int = 0
+    num_shards: int = 0
+    num_streamed: int = 0
+    """Of those, the ones that came through Ray in this run; the others were adopted."""
+    reasons: Counter[str] = field(default_factory=Counter)
+    devices: set[str] = field(default_factory=set)
+    done_before_rows: int = 0
+    num_actors: int = 0
+    interrupted: bool = False
+
+    def add(self, receipt: Receipt) -> None:
+        """Count one shard."""
+        self.num_rows += receipt.num_rows
+        self.num_rejects += receipt.num_rejects
+        self.num_tokens += receipt.num_tokens
+        self.num_shards += 1
+        self.reasons.update(json.loads(receipt.reasons))
+        self.devices.add(receipt.device)
+
+    def add_streamed(self, receipt: Receipt) -> None:
+        """Count one shard that Ray brought, and the time."""
+        self.add(receipt)
+        self.num_streamed += 1
+        self.last = time.perf_counter()
+        if self.first is None:
+            self.first, self.first_rows = self.last, self.num_rows
+
+    @property
+    def rows_per_s(self) -> float:
+        """Rows per second after the first shard, which carries the cold start; of the whole if there is only one."""
+        if self.first is None or self.last is None:
+            return 0.0
+        if self.last > self.first:
+            return (self.num_rows - self.first_rows) / (self.last - self.first)
+        return self.first_rows / max(self.last - self.started, 1e-9)
+
+    def result(self, asked: Survey) -> RunResult:
+        """Sum up a run of what was asked for."""
+        config = asked.config
+        total_rejects = None
+        if config.max_rejects is not None:
+            total_rejects = sum(record.num_rejects for record in asked.ledger.records())
+        end = self.last or time.perf_counter()
+        num_done = self.done_before_rows + self.num_rows + self.num_rejects
+        return RunResult(
+            output=asked.ledger.root,
+            model=config.model,
+            num_rows=self.num_rows,
+            num_rejects=self.num_rejects,
+            reasons=dict(self.reasons.most_common()),
+            num_tokens=self.num_tokens,
+            num_shards=self.num_shards,
+            done_before_rows=self.done_before_rows,
+            pending_rows=max(asked.standing.plan.num_rows - num_done, 0),
+            seconds=round(end - self.started, 3),
+            start_s=round((self.first or end) - self.started, 3),
+            rows_per_s=round(self.rows_per_s, 3),
+            num_actors=self.num_actors,
+            device=", ".join(sorted(self.devices - {""})),
+            interrupted=self.interrupted,
+            total_rejects=total_rejects,
+            warnings=list(asked.standing.warnings),
+        )

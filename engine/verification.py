@@ -1,0 +1,267 @@
+"""
+Verification: an output held against its plan, its records, its files and, for a sample, its model.
+
+    quick     plan against records against files: listings and records, no part is opened
+    footers   and the footer of every part: rows, dimension, fingerprint, shard
+    full      and every byte: page checksums, content checksum, vectors, rows, rejects
+    sample    quick, and a few rows embedded again
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from engine.errors import CorruptOutput
+from engine.ledger import part_name, rejects_name
+from engine.models import registry
+from engine.part import Part, vectors_of
+from engine.results import Finding, VerifyResult
+from engine.schema import EMBEDDING, PART_METADATA, SOURCE_ROW, CommitRecord, InputFile, Shard
+from engine.sources.parquet import read_shards
+from engine.sources.texts import split, values_of
+from engine.survey import stored_config
+
+if TYPE_CHECKING:
+    from engine.ledger import Job, Ledger
+    from engine.models.base import Vectors
+    from engine.survey import Standing
+
+Level = Literal["quick", "footers", "full", "sample"]
+
+THREADS = 4
+SAMPLED_SHARDS = 8
+LOWEST_COSINE = {"float32": 0.9999, "bfloat16": 0.999, "float16": 0.999}
+"""Between a stored vector and the same text embedded again, perhaps on another device and among other neighbours."""
+AGAIN = "`engine verify OUT --set-aside` moves it away, and the next run makes its shard again"
+RESTORE = "its input is gone, so it cannot be made again: restore the part from a copy"
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """What is kept of a record while all are looked at."""
+
+    path: str
+    start: int
+    stop: int
+    shard_id: str
+
+
+def verify(
+    ledger: Ledger,
+    job: Job,
+    standing: Standing | None,
+    *,
+    level: Level,
+    set_aside: bool,
+    sample_rows: int,
+) -> VerifyResult:
+    """
+    Check an output.
+
+    Args:
+        ledger: Of the output.
+        job: Of the output.
+        standing: The output against its source; None if the source cannot be compared.
+        level: How closely to look.
+        set_aside: Move what is bad out of the way, if the next run can make it again.
+        sample_rows: How many rows level `sample` embeds again.
+    """
+    check = _Check(ledger, job, standing)
+    check.records(level)
+    check.leftovers(level)
+    lowest = check.sample(sample_rows) if level == "sample" else None
+    moved = check.set_aside() if set_aside else []
+    return VerifyResult(
+        output=ledger.root,
+        level=level,
+        num_shards=check.num_shards,
+        num_rows=check.num_rows,
+        num_rejects=check.num_rejects,
+        pending_rows=standing.plan.pending_rows if standing else None,
+        findings=check.findings,
+        set_aside=moved,
+        lowest_cosine=lowest,
+        warnings=check.warnings,
+    )
+
+
+class _Check:
+    """One verification: what was looked at, and what was found."""
+
+    def __init__(self, ledger: Ledger, job: Job, standing: Standing | None) -> None:
+        self.findings: list[Finding] = []
+        self.warnings: list[str] = list(standing.warnings) if standing else []
+        self.num_shards = self.num_rows = self.num_rejects = 0
+        self._ledger = ledger
+        self._job = job
+        self._standing = standing
+        self._committed = sorted(ledger.committed())
+        self._parts = ledger.parts()
+        self._rejects = ledger.rejected()
+
+    def records(self, level: Level) -> None:
+        """Look at every committed shard: its record, its part, its rejects; and that no row is in two shards."""
+        spans: list[_Span] = []
+        with ThreadPoolExecutor(THREADS) as pool:
+            for shard_id, (record, problem) in zip(
+                self._committed, pool.map(lambda shard_id: self._look(shard_id, level), self._committed), strict=True
+            ):
+                if problem:
+                    self._find(shard_id, problem)
+                if record is not None:
+                    self.num_shards += 1
+                    self.num_rows += record.num_rows
+                    self.num_rejects += record.num_rejects
+                    spans.append(_Span(record.path, record.start, record.stop, shard_id))
+        spans.sort(key=lambda span: (span.path, span.start, span.stop))
+        for one, other in pairwise(spans):
+            if one.path == other.path and other.start < one.stop:
+                self.findings.append(
+                    Finding(
+                        "",
+                        f"rows {other.start} to {min(one.stop, other.stop)} of {one.path} are in two parts: "
+                        f"{part_name(one.shard_id)} and {part_name(other.shard_id)}",
+                        "decide which of the two belongs here and move the other, with its record, out of the output",
+                    )
+                )
+
+    def leftovers(self, level: Level) -> None:
+        """Look at what is there without a record, and at what is not there yet."""
+        unrecorded = sorted(self._parts.keys() - set(self._committed))
+        if unrecorded:
+            self.warnings.append(f"{len(unrecorded)} parts have no record yet: the next run finishes their commit")
+        if level == "full":
+            for shard_id in unrecorded:
+                try:
+                    self._ledger.part(shard_id)
+                except CorruptOutput as error:
+                    self._find(shard_id, error.message)
+        if self._standing and self._standing.plan.pending:
+            plan = self._standing.plan
+            self.findings.append(
+                Finding(
+                    "",
+                    f"{plan.pending_rows} rows in {len(plan.pending)} of {plan.num_shards} shards are not committed",
+                    "run the same command again: it makes what is left",
+                )
+            )
+
+    def set_aside(self) -> list[str]:
+        """Move the files of bad shards away; return their new names."""
+        bad = {finding.shard_id for finding in self.findings if finding.shard_id}
+        again = sorted(shard_id for shard_id in bad if self._can_be_made_again(shard_id))
+        return [name for shard_id in again for name in self._ledger.set_aside(shard_id)]
+
+    def sample(self, num_rows: int) -> float | None:
+        """Embed rows again, spread over a few shards; return the lowest cosine to what is stored."""
+        bad = {finding.shard_id for finding in self.findings}
+        good = [shard_id for shard_id in self._committed if shard_id not in bad and self._can_be_made_again(shard_id)]
+        chance = random.Random(self._job.fingerprint)  # noqa: S311 - a sample, not a secret
+        chosen = chance.sample(good, min(SAMPLED_SHARDS, len(good)))
+        if not chosen:
+            self.warnings.append("no row could be embedded again: no shard is whole and has its input")
+            return None
+        config = stored_config(self._job, self._ledger.root)
+        each = -(-num_rows // len(chosen))
+        lowest = 1.0
+        with asyncio.Runner() as loop:
+            model = registry.build(config.of_model())
+            for shard_id in chosen:
+                stored = self._ledger.part(shard_id)
+                picked = sorted(chance.sample(range(stored.table.num_rows), min(each, stored.table.num_rows)))
+                texts = _texts_of(stored, picked, self._job.base, config.text_column)
+                cosine = _lowest_cosine(vectors_of(stored.table)[picked], loop.run(model.embed_rows(texts)).vectors)
+                lowest = min(lowest, cosine)
+                if cosine < LOWEST_COSINE[config.dtype]:
+                    self._find(
+                        shard_id, f"{part_name(shard_id)}: embedded again, a vector has cosine {cosine:.6f} to it"
+                    )
+            loop.run(model.close())
+        return lowest
+
+    def _look(self, shard_id: str, level: Level) -> tuple[CommitRecord | None, str | None]:
+        """Return a shard's record, if it can be read, and what is wrong with the shard, if anything is."""
+        try:
+            record = self._ledger.record(shard_id)
+        except CorruptOutput as error:
+            return None, error.message
+        problems = self._problems(record, shard_id, level)
+        return record, next(problems, None)
+
+    def _problems(self, record: CommitRecord, shard_id: str, level: Level) -> Iterator[str]:
+        name = part_name(shard_id)
+        if (record.shard_id, record.fingerprint) != (shard_id, self._job.fingerprint):
+            yield f"the commit record of {shard_id} is of another shard or job"
+        if shard_id not in self._parts:
+            yield f"the part {name} is missing"
+            return
+        if self._parts[shard_id] != record.num_bytes:
+            yield f"the part {name} has {self._parts[shard_id]} bytes instead of {record.num_bytes}"
+        if record.num_rejects and shard_id not in self._rejects:
+            yield f"{rejects_name(shard_id)} is missing, with the reasons for {record.num_rejects} rows"
+        if level == "footers":
+            yield from self._footer_problems(record, name)
+        if level == "full":
+            yield from self._content_problems(record, shard_id)
+
+    def _footer_problems(self, record: CommitRecord, name: str) -> Iterator[str]:
+        try:
+            with self._ledger.storage.open(name) as file, pq.ParquetFile(file) as parquet:
+                schema, num_rows = parquet.schema_arrow, parquet.metadata.num_rows
+            about = json.loads(schema.metadata[PART_METADATA])
+            dimension = schema.field(EMBEDDING).type.list_size
+        except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError) as error:
+            yield f"the footer of {name} cannot be read ({type(error).__name__})"
+            return
+        stored = (about["fingerprint"], about["shard"]["id"], num_rows, len(about["rejects"]), dimension)
+        if stored != (record.fingerprint, record.shard_id, record.num_rows, record.num_rejects, record.dimension):
+            yield f"the footer of {name} does not say what its commit record says"
+
+    def _content_problems(self, record: CommitRecord, shard_id: str) -> Iterator[str]:
+        try:
+            stored = self._ledger.part(shard_id)
+        except CorruptOutput as error:
+            yield error.message
+            return
+        if stored.record != record:
+            yield f"the part {part_name(shard_id)} is not what its commit record says: its checksum or counts differ"
+        if stored.rejects and self._ledger.storage.read(rejects_name(shard_id)) != stored.rejects_bytes():
+            yield f"{rejects_name(shard_id)} is not what its part says"
+
+    def _find(self, shard_id: str, problem: str) -> None:
+        self.findings.append(Finding(shard_id, problem, AGAIN if self._can_be_made_again(shard_id) else RESTORE))
+
+    def _can_be_made_again(self, shard_id: str) -> bool:
+        return self._standing is not None and shard_id not in self._standing.plan.unknown | self._standing.lost
+
+
+def _texts_of(stored: Part, picked: list[int], base: str, text_column: str) -> list[str]:
+    """Read the texts of some of a part's rows from its input."""
+    record = stored.record
+    file = InputFile(record.path, str(Path(base, record.path)), record.size, record.mtime_ns)
+    shard = Shard(record.shard_id, file, record.start, record.stop)
+    rows = np.asarray(stored.table.column(SOURCE_ROW))[picked] - record.start
+    column = next(read_shards([shard], [text_column])).column(text_column)
+    return split(values_of(column.take(pa.array(rows, pa.int64()))))[0]
+
+
+def _lowest_cosine(stored: Vectors, again: Vectors) -> float:
+    """Return the lowest cosine of pairs of vectors; -1 if there are not as many of both."""
+    if stored.shape != again.shape:
+        return -1.0
+    if not len(stored):
+        return 1.0
+    lengths = np.linalg.norm(stored, axis=1) * np.linalg.norm(again, axis=1)
+    return float(((stored * again).sum(axis=1) / lengths).min())

@@ -1,0 +1,1 @@
+"""Entry points for `ray job submit`, and the demo: a few lines each, they call the engine."""

@@ -1,0 +1,18 @@
+"""
+`engine verify` as the entry point of a job, with its options and its exit codes.
+
+    ray job submit --working-dir . -- python jobs/verify.py OUT --level full
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# The engine may not be installed in the cluster's Python: it lies beside this folder in the job's working directory.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["verify", *sys.argv[1:]]))

@@ -1,0 +1,67 @@
+"""How many actors a job gets, and what each asks Ray for."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.config import load_config
+from engine.errors import ConfigError
+from engine.pipeline.resources import LIGHT_CPUS, decide
+
+
+def chosen(cluster: dict[str, float], num_parcels: int = 1000, **options):
+    return decide(load_config(source="in", output="out", **options), cluster, num_parcels)
+
+
+def test_one_actor_for_each_gpu():
+    """Eight GPUs, eight actors, and the model's threads are left alone."""
+    got = chosen({"CPU": 64, "GPU": 8})
+    assert (got.num_gpus, got.min_actors, got.max_actors, got.num_threads) == (1, 8, 8, 0)
+
+
+@pytest.mark.parametrize(("gpus", "share", "actors"), [(2, 0.5, 4), (2, 0.4, 4), (1, 0.25, 4), (4, 2, 2), (3, 2, 1)])
+def test_a_share_is_of_one_gpu(gpus, share, actors):
+    """Two actors of 0.4 fit on each GPU, not five on two: a share does not straddle devices."""
+    assert chosen({"CPU": 64, "GPU": gpus}, gpus_per_actor=share).max_actors == actors
+
+
+@pytest.mark.parametrize(("cpus", "actors", "threads"), [(1, 1, 1), (2, 1, 2), (4, 1, 4), (16, 4, 4), (18, 4, 4)])
+def test_on_cpus_one_actor_for_each_group_of_cores(cpus, actors, threads):
+    """Groups of up to four cores, and threads to match."""
+    got = chosen({"CPU": cpus})
+    assert (got.max_actors, got.num_threads, got.num_gpus) == (actors, threads, 0)
+
+
+@pytest.mark.parametrize(
+    "cluster", [{"CPU": 1}, {"CPU": 2}, {"CPU": 3}, {"CPU": 64}, {"CPU": 2, "GPU": 4}, {"CPU": 8, "GPU": 1}]
+)
+@pytest.mark.parametrize("cores", [None, 1])
+def test_actors_leave_room_for_their_light_tasks(cluster, cores):
+    """Readers and publishers always find a slot beside all actors, or the pipeline would stand still."""
+    got = chosen(cluster, cpus_per_actor=cores)
+    asked = got.max_actors * got.num_cpus + 2 * got.max_light_tasks * LIGHT_CPUS
+    assert asked <= cluster["CPU"]
+
+
+def test_device_cpu_leaves_gpus_alone():
+    """Asked for the CPU, no GPU is taken."""
+    assert chosen({"CPU": 8, "GPU": 8}, device="cpu").num_gpus == 0
+
+
+def test_no_more_actors_start_than_there_is_work():
+    """Three parcels on eight GPUs load three models."""
+    assert chosen({"CPU": 64, "GPU": 8}, num_parcels=3).min_actors == 3
+
+
+def test_a_pool_may_grow_past_the_cluster_of_now():
+    """num_actors is where an autoscaler may take it."""
+    got = chosen({"CPU": 8}, gpus_per_actor=1, num_actors=16)
+    assert (got.min_actors, got.max_actors) == (1, 16)
+
+
+def test_a_cluster_that_cannot_hold_an_actor_is_refused():
+    """A message instead of a wait without end."""
+    with pytest.raises(ConfigError, match="an actor needs 1 GPU, and the cluster has 0 GPUs"):
+        chosen({"CPU": 8}, gpus_per_actor=1)
+    with pytest.raises(ConfigError, match="an actor needs 16 CPUs"):
+        chosen({"CPU": 8}, cpus_per_actor=16)

