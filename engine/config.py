@@ -8,6 +8,7 @@ Each field's description is its help text on the command line. A field that deci
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,7 +19,9 @@ from engine.errors import ConfigError
 from engine.schema import EMBEDDING, SOURCE_ROW
 
 DEFAULT_MODEL = "sentence-transformers:all-MiniLM-L6-v2"
-_SECRET = re.compile(r"api_?key|secret|password|credential|(^|_)(token|auth)$", re.IGNORECASE)
+_SECRET = re.compile(
+    r"api[-_]?key|secret|passw|credential|authorization|bearer|(^|[-_])(token|auth|key)$", re.IGNORECASE
+)
 _Config = TypeVar("_Config", bound=BaseModel)
 _VECTORS: dict[str, Any] = {"decides": "vectors"}
 
@@ -72,7 +75,7 @@ class ModelConfig(BaseModel):
     @field_validator("model_args")
     @classmethod
     def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for name in value:
+        for name in _names(value):
             if _SECRET.search(name):
                 raise ValueError(
                     f"{name!r} looks like a secret, and arguments are stored with the output; "
@@ -170,7 +173,17 @@ class JobConfig(ModelConfig):
         return _deciding(JobConfig, self)
 
 
-def load_config(path: str | None = None, **given: Any) -> JobConfig:
+def _names(value: Any) -> Iterator[str]:
+    """Yield all keys in nested arguments."""
+    if isinstance(value, dict):
+        yield from map(str, value)
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _names(item)
+
+
+def load_config(path: str | None = None, /, **given: Any) -> JobConfig:
     """
     Make a job's config from a YAML file and keyword arguments, which win over the file.
 
@@ -224,7 +237,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError):  # ValueError: not UTF-8, or 2024-13-45 where a date may stand
         raise ConfigError(f"the config {path} is not YAML; check its indentation and quotes") from None
     if values is None:
         return {}

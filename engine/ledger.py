@@ -224,11 +224,13 @@ class Ledger:
         name = part_name(shard.id)
         check(table, shard=shard, rejects=rejects, name=name)
         data = encode(table, shard=shard, fingerprint=fingerprint, rejects=rejects, usage=usage)
-        decode(data, name)
+        checked = decode(data, name)
         self._fix_dimension(table.schema.field(EMBEDDING).type.list_size)
         is_ours = self.storage.create(name, data)
         try:
-            return self.adopt(shard, fingerprint, outcome="committed" if is_ours else "present")
+            if is_ours and self.storage.read(name) == data:
+                return self._record(checked, "committed")
+            return self.adopt(shard, fingerprint, outcome="present")
         except CommitConflict:
             raise
         except CorruptOutput as error:
@@ -257,12 +259,8 @@ class Ledger:
         ):
             raise CorruptOutput(f"the part {part_name(shard.id)} is of another shard or job")
         self._fix_dimension(record.dimension)
-        if outcome != "committed":
-            self.storage.persist(part_name(shard.id))  # before the record that vouches for it
-        if stored.rejects:
-            self._create_same(rejects_name(shard.id), stored.rejects_bytes(), shard.id)
-        self._create_same(record_name(shard.id), record.to_bytes(), shard.id)
-        return Receipt.of(record, outcome)
+        self.storage.persist(part_name(shard.id))  # before the record that vouches for it
+        return self._record(stored, outcome)
 
     def set_aside(self, shard_id: str) -> list[str]:
         """
@@ -281,11 +279,24 @@ class Ledger:
                 moved.append(to)
         return moved
 
+    def _record(self, stored: Part, outcome: str) -> Receipt:
+        """Create the rejects and the record of a part that is stored."""
+        shard_id = stored.record.shard_id
+        if stored.rejects:
+            self._create_same(rejects_name(shard_id), stored.rejects_bytes(), shard_id)
+        self._create_same(record_name(shard_id), stored.record.to_bytes(), shard_id)
+        return Receipt.of(stored.record, outcome)
+
     def _fix_dimension(self, dimension: int) -> None:
         """Let the first commit decide the dimension of all."""
         if self._dimension is None:
             self.storage.create(VECTORS, (canonical_json({"dimension": dimension, "dtype": "float32"}) + "\n").encode())
-            self._dimension = int(json.loads(self.storage.read(VECTORS))["dimension"])
+            try:
+                self._dimension = int(json.loads(self.storage.read(VECTORS))["dimension"])
+            except (ValueError, KeyError, TypeError):
+                raise CorruptOutput(
+                    f"{self.root}/{VECTORS} cannot be read: delete it, and the next commit makes it again"
+                ) from None
         if self._dimension != dimension:
             raise CorruptOutput(
                 f"vectors of {dimension} dimensions cannot go into {self.root}, whose vectors have {self._dimension}: "

@@ -32,6 +32,9 @@ from engine.schema import (
     count_reasons,
 )
 
+_SEAL = b"embedding_engine_seal"
+_OPEN = b"0" * 32
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -68,17 +71,20 @@ def encode(table: pa.Table, *, shard: Shard, fingerprint: str, rejects: Sequence
     features = _huggingface_features(table.schema)
     if features is not None:
         metadata[b"huggingface"] = canonical_json({"info": {"features": features}}).encode()
+    table = table.replace_schema_metadata(metadata)
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        table.replace_schema_metadata(metadata),
+    with pq.ParquetWriter(
         sink,
+        table.schema,
         compression="zstd",
         # Vectors do not repeat: a dictionary of them costs time and saves nothing.
         use_dictionary=[name for name in table.column_names if name not in (EMBEDDING, SOURCE_ROW)],
         write_page_checksum=True,
         store_schema=True,
-    )
-    return bytes(sink.getvalue())
+    ) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({_SEAL: _OPEN})
+    return _sealed(bytes(sink.getvalue()))
 
 
 def decode(data: bytes, name: str) -> Part:
@@ -92,6 +98,8 @@ def decode(data: bytes, name: str) -> Part:
     Raises:
         CorruptOutput: If it is truncated or damaged, or is not exactly the rows of its shard as checked vectors.
     """
+    if not data or _sealed(data) != data:
+        raise CorruptOutput(f"the part {name} cannot be read back: a byte of it is missing or is not what was written")
     try:
         with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as parquet:
             table = parquet.read()
@@ -101,12 +109,13 @@ def decode(data: bytes, name: str) -> Part:
         shard = Shard(shard_fields["id"], file, shard_fields["start"], shard_fields["stop"])
         rejects = tuple(Reject(**reject) for reject in about["rejects"])
         usage = Usage(**about["usage"])
+        fingerprint = about["fingerprint"]
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptOutput(f"the part {name} cannot be read back ({type(error).__name__})") from None
     check(table, shard=shard, rejects=rejects, name=name)
     record = CommitRecord(
         shard_id=shard.id,
-        fingerprint=about["fingerprint"],
+        fingerprint=fingerprint,
         path=file.path,
         size=file.size,
         mtime_ns=file.mtime_ns,
@@ -121,6 +130,20 @@ def decode(data: bytes, name: str) -> Part:
         usage=usage,
     )
     return Part(table, record, rejects)
+
+
+def _sealed(data: bytes) -> bytes:
+    """
+    Put the hash of a part's bytes into its own footer, where it is computed as if it were zeros.
+
+    Page checksums cover neither page headers nor the footer, and a part without a record has nothing else to vouch for it.
+    """
+    at = data.rfind(_SEAL)
+    if at < 0:
+        return b""
+    at += len(_SEAL) + 2  # Thrift's field header and the length of the value
+    opened = data[:at] + _OPEN + data[at + len(_OPEN) :]
+    return data[:at] + content_hash(opened).encode() + data[at + len(_OPEN) :]
 
 
 def check(table: pa.Table, *, shard: Shard, rejects: Sequence[Reject], name: str) -> None:

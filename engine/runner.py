@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from engine.errors import CorruptOutput, EngineError
-from engine.plan import parcels
+from engine.planning import parcels
 from engine.results import PlanResult, PoolStarted, RunPlanned, RunResult, ShardDone, StatusResult
 from engine.survey import resurvey, survey
 from engine.tally import Tally

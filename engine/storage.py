@@ -66,12 +66,12 @@ class LocalStorage:
     def create(self, name: str, data: bytes) -> bool:
         """Create `name` with `data`, whole and durable, or return False and change nothing if it is there already."""
         final = self._path(name)
-        if final.exists():
-            return False
         with _explained(self.root):
+            if final.exists():
+                return False
+            self._folder(final.parent)
             staging = self._stage(data)
             try:
-                self._folder(final.parent)
                 os.link(staging, final)
             except FileExistsError:
                 return False
@@ -83,7 +83,8 @@ class LocalStorage:
 
     def read(self, name: str) -> bytes:
         """Return the bytes of `name`; raise FileNotFoundError if it is not there."""
-        return self._path(name).read_bytes()
+        with _explained(self.root, "read"):
+            return self._path(name).read_bytes()
 
     def open(self, name: str) -> BinaryIO:
         """Open `name` to read pieces of it, such as a footer; raise FileNotFoundError if it is not there."""
@@ -134,7 +135,8 @@ class LocalStorage:
 
     def _scan(self, folder: str) -> Iterator[os.DirEntry[str]]:
         try:
-            entries = os.scandir(self._path(folder))
+            with _explained(self.root, "list"):
+                entries = os.scandir(self._path(folder))
         except FileNotFoundError:
             return
         with entries:
@@ -160,7 +162,12 @@ class LocalStorage:
         if str(path) in self._known and path.is_dir():
             return
         missing = [p for p in (path, *path.parents) if not p.exists()]
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise EngineError(
+                f"{path} is in the way: it must be a folder; move it, or use another output folder"
+            ) from None
         for made in missing:
             _sync_folder(made.parent)
         self._known.add(str(path))
@@ -202,7 +209,7 @@ _ADVICE = {
 
 
 @contextmanager
-def _explained(root: str) -> Iterator[None]:
+def _explained(root: str, verb: str = "write to") -> Iterator[None]:
     """Turn an OSError of the store into one message that says what to do; what was committed is untouched by it."""
     try:
         yield
@@ -211,5 +218,5 @@ def _explained(root: str) -> Iterator[None]:
     except OSError as error:
         advice = _ADVICE.get(error.errno or 0, "check the disk, then run the same command again")
         raise EngineError(
-            f"cannot write to {root} ({error.strerror or type(error).__name__}): {advice}; all that was committed is kept"
+            f"cannot {verb} {root} ({error.strerror or type(error).__name__}): {advice}; all that was committed is kept"
         ) from None

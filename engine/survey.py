@@ -10,7 +10,7 @@ from engine.config import JobConfig, validated
 from engine.errors import ConfigError, CorruptOutput, Refused, SourceChanged, SourceError
 from engine.ledger import Job, Ledger
 from engine.models import registry
-from engine.plan import Plan, choose_shard_rows, make_plan
+from engine.planning import Plan, choose_shard_rows, make_plan
 from engine.schema import FORMAT_VERSION, fingerprint_of
 from engine.sources.inventory import Inventory, absolute, list_inputs
 from engine.sources.parquet import FileShape, read_shapes

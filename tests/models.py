@@ -68,3 +68,11 @@ class MeddlingModel(HashModel):
         if self.num_calls == 3:
             os.utime(self.change_file)
         return await super().embed(texts)
+
+
+class ChattyModel(HashModel):
+    """Prints to stdout, where only results belong."""
+
+    async def embed(self, texts: list[str]) -> np.ndarray:
+        print("chatter")  # noqa: T201
+        return await super().embed(texts)

@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
 from pathlib import Path
 
 import pytest
 
-from engine.errors import CommitConflict, CorruptOutput, FingerprintMismatch, Refused
-from engine.ledger import COMMITS, DATA, JOB, REJECTS, SET_ASIDE, Job, Ledger, part_name, record_name, rejects_name
+from engine.errors import CommitConflict, CorruptOutput, EngineError, FingerprintMismatch, Refused
+from engine.ledger import (
+    COMMITS,
+    DATA,
+    JOB,
+    REJECTS,
+    SET_ASIDE,
+    VECTORS,
+    Job,
+    Ledger,
+    part_name,
+    record_name,
+    rejects_name,
+)
 from engine.part import encode
-from engine.schema import Usage
+from engine.schema import Receipt, Usage
 from engine.storage import LocalStorage
 from tests.builders import (
     FINGERPRINT,
     USAGE,
     Started,
-    at_call,
     files,
-    kill_self,
+    killed_at_each_call,
     make_job,
     make_rejects,
     make_shard,
     make_table,
     publish,
+    staged,
 )
 
 SHARD = make_shard()
@@ -153,70 +166,58 @@ def test_the_first_commit_decides_the_dimension_of_all(out):
 # Death at every step
 
 
-def publish_and_die(out: str, call: int, when: str) -> int:
-    with at_call(call, kill_self, when=when) as seen:
-        publish(out)
-    return len(seen)
-
-
-@pytest.mark.parametrize("found", ["nothing", "part", "damaged part"])
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_publisher_killed_at_any_step_leaves_what_the_next_one_finishes(tmp_path, undisturbed, when, found):
-    """SIGKILL before or after every call to the system: no name is half, and publishing again gives the undisturbed bytes."""
-    found_part = {"nothing": None, "part": undisturbed[PART], "damaged part": undisturbed[PART][:-9]}[found]
-    for call in count():
-        out = tmp_path / str(call)
-        if found_part is not None:
-            write(out, PART, found_part)
-        was_killed = Started(publish_and_die, str(out), call, when).killed()
+@pytest.mark.parametrize(
+    ("found", "when", "num_steps"),
+    [("nothing", "before", 40), ("nothing", "after", 40), ("part", "before", 30), ("damaged part", "before", 50)],
+)
+def test_a_publisher_killed_at_any_step_leaves_what_the_next_one_finishes(
+    tmp_path, undisturbed, found, when, num_steps
+):
+    """SIGKILL at every call to the system: no name is half, and publishing again gives the undisturbed bytes."""
+    damaged = {PART: undisturbed[PART][:-9]} if found == "damaged part" else {}
+    (tmp_path / "start").mkdir()
+    if found != "nothing":
+        write(tmp_path / "start", PART, damaged.get(PART, undisturbed[PART]))
+    outs = killed_at_each_call(tmp_path / "outs", publish, start=tmp_path / "start", when=when)
+    assert len(outs) > num_steps
+    for out in outs:
         left = without_set_aside(out)
-        assert {name for name in left if left[name] != undisturbed[name]} <= ({PART} if found == "damaged part" else set())
-        assert (RECORD in left) <= (left.get(PART) == undisturbed[PART])
+        assert left.items() <= undisturbed.items() | damaged.items()
+        assert RECORD not in left or left[PART] == undisturbed[PART]
         publish(out)
         assert without_set_aside(out) == undisturbed
-        if not was_killed:
-            break
-    assert call > {"nothing": 40, "part": 30, "damaged part": 50}[found]
+    assert staged(outs[-1]) == []
 
 
-def adopt_and_die(out: str, call: int) -> None:
-    with at_call(call, kill_self):
-        Ledger(LocalStorage(out)).adopt(SHARD, FINGERPRINT)
+def adopt(out: str) -> Receipt:
+    return Ledger(LocalStorage(out)).adopt(SHARD, FINGERPRINT)
 
 
 def test_an_adoption_killed_at_any_step_is_finished_by_the_next(tmp_path, undisturbed):
     """A part without a record, and a resuming driver that dies too."""
-    for call in count():
-        out = tmp_path / str(call)
-        write(out, PART, undisturbed[PART])
-        was_killed = Started(adopt_and_die, str(out), call).killed()
+    write(tmp_path / "start", PART, undisturbed[PART])
+    outs = killed_at_each_call(tmp_path / "outs", adopt, start=tmp_path / "start")
+    assert len(outs) > 20
+    for out in outs:
         assert files(out).items() <= undisturbed.items()
-        receipt = Ledger(LocalStorage(str(out))).adopt(SHARD, FINGERPRINT)
-        assert receipt.outcome == "adopted"
+        assert adopt(str(out)).outcome == "adopted"
         assert files(out) == undisturbed
-        if not was_killed:
-            break
-    assert call > 20
 
 
-def set_aside_and_die(out: str, call: int) -> None:
-    with at_call(call, kill_self):
-        Ledger(LocalStorage(out)).set_aside(SHARD.id)
+def set_aside(out: str) -> None:
+    Ledger(LocalStorage(out)).set_aside(SHARD.id)
 
 
 def test_a_setting_aside_killed_at_any_step_leaves_a_shard_that_can_be_published(tmp_path, undisturbed):
     """The record goes first, so that a shard is never committed without its part."""
-    for call in count():
-        out = tmp_path / str(call)
-        publish(out)
-        was_killed = Started(set_aside_and_die, str(out), call).killed()
+    publish(tmp_path / "start")
+    outs = killed_at_each_call(tmp_path / "outs", set_aside, start=tmp_path / "start")
+    assert len(outs) > 5
+    for out in outs:
         left = without_set_aside(out)
-        assert (RECORD in left) <= (PART in left)
+        assert RECORD not in left or PART in left
         publish(out)
         assert without_set_aside(out) == undisturbed
-        if not was_killed:
-            break
-    assert call > 5
 
 
 # Damage
@@ -362,22 +363,17 @@ def test_drivers_that_claim_at_once_agree(tmp_path):
         assert jobs == [Ledger(LocalStorage(out)).job()] * 4
 
 
-def claim_and_die(out: str, call: int, when: str) -> None:
-    with at_call(call, kill_self, when=when):
-        claim(out, "first")
+def claim_first(out: str) -> Job:
+    return claim(out, "first")
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_claim_killed_at_any_step_can_be_made_again(tmp_path, when):
+def test_a_claim_killed_at_any_step_can_be_made_again(tmp_path):
     """job.json is whole or not there."""
-    for call in count():
-        out = tmp_path / str(call)
-        was_killed = Started(claim_and_die, str(out), call, when).killed()
+    outs = killed_at_each_call(tmp_path / "outs", claim_first)
+    assert len(outs) > 5
+    for out in outs:
         stored = Ledger(LocalStorage(str(out))).job()
         assert claim(str(out), "second").created_at == ("first" if stored else "second")
-        if not was_killed:
-            break
-    assert call > 5
 
 
 def test_a_claim_of_another_job_names_each_field_that_differs(out, ledger):
@@ -425,3 +421,38 @@ def test_records_and_parts_of_other_names_are_not_counted(out, ledger):
     write(out, f"{DATA}/README", b"")
     assert ledger.committed() == ledger.part_ids() == set()
     assert ledger.parts() == {}
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]"])
+def test_a_damaged_dimension_is_a_message(tmp_path, data):
+    """It says which file, and what to do with it."""
+    publish(tmp_path)
+    (tmp_path / VECTORS).write_bytes(data)
+    with pytest.raises(CorruptOutput, match=r"vectors\.json"):
+        publish(tmp_path)
+
+
+def look_as_nobody(out: str, elsewhere: str) -> list[str]:
+    publish(elsewhere)
+    ledger = Ledger(LocalStorage(elsewhere))
+    list(ledger.records())
+    os.setuid(65534)
+    said = []
+    for ask in (
+        lambda: LocalStorage(out).create("data/a", b""),
+        lambda: LocalStorage(out).read("data/a"),
+        lambda: list(LocalStorage(out).names("data")),
+        lambda: Ledger(LocalStorage(out)).job(),
+    ):
+        try:
+            ask()
+        except EngineError as error:
+            said.append(error.message)
+    return said
+
+
+def test_a_folder_that_may_not_be_looked_into_is_a_message(tmp_path):
+    """Reading, listing and writing all say that permission is denied."""
+    with tempfile.TemporaryDirectory() as folder:  # 0700, and of root
+        said = Started(look_as_nobody, f"{folder}/out", str(tmp_path)).result()
+    assert ["permission denied" in message for message in said] == [True] * 4

@@ -39,7 +39,7 @@ def test_on_cpus_one_actor_for_each_group_of_cores(cpus, actors, threads):
 def test_actors_leave_room_for_their_light_tasks(cluster, cores):
     """Readers and publishers always find a slot beside all actors, or the pipeline would stand still."""
     got = chosen(cluster, cpus_per_actor=cores)
-    asked = got.max_actors * got.num_cpus + 2 * got.max_light_tasks * LIGHT_CPUS
+    asked = got.max_actors * got.num_cpus + (got.max_readers + got.max_actors) * LIGHT_CPUS
     assert asked <= cluster["CPU"]
 
 

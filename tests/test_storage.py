@@ -201,6 +201,7 @@ def check_later_attempt(out: Path, undisturbed: dict[str, bytes]) -> None:
 def test_an_error_of_any_call_is_explained_and_leaves_no_half_name(tmp_path, undisturbed, number, message):
     """Every call that writes fails in turn, until a publish has no such call left."""
     failed: list[str] = []
+    messages: list[str] = []
     for call in count():
         out = tmp_path / str(call)
         with at_call(call, raise_os_error(number), writing_only=True) as seen:
@@ -208,8 +209,7 @@ def test_an_error_of_any_call_is_explained_and_leaves_no_half_name(tmp_path, und
                 publish(out)
             except EngineError as error:
                 failed.append(seen[call])
-                assert message in error.message
-                assert "all that was committed is kept" in error.message
+                messages.append(error.message)
             else:  # no call was left, or it was to make a folder that is there
                 assert files(out) == undisturbed
         check_whole(out, undisturbed, num_staged=int(seen[call : call + 1] == ["unlink"]))
@@ -218,6 +218,7 @@ def test_an_error_of_any_call_is_explained_and_leaves_no_half_name(tmp_path, und
             break
     assert set(failed) >= {"mkdir", "open", "fsync", "link", "unlink"}
     assert failed.count("link") == 4
+    assert all(message in said and "all that was committed is kept" in said for said in messages)
 
 
 def test_fsync_is_called_before_a_name_exists(store, monkeypatch):
@@ -320,3 +321,10 @@ def test_permission_denied_is_explained(tmp_path, undisturbed):
         out.chmod(0o777)
         Started(publish_as_nobody, str(out), str(tmp_path)).result()
         assert files(out) == undisturbed
+
+
+def test_a_file_where_a_folder_must_be_is_a_message(tmp_path):
+    """`create` says False, as if the name were there."""
+    (tmp_path / "data").write_text("")
+    with pytest.raises(EngineError, match="in the way"):
+        LocalStorage(str(tmp_path)).create("data/a", b"a")

@@ -150,7 +150,7 @@ class BaseEmbeddingModel(ABC):
         """Return the model's answer as an array, or raise `BadAnswer` if it is not one vector of one length for each text."""
         answer = await self.embed(texts)
         try:
-            array = np.ascontiguousarray(answer, dtype=np.float32)
+            array = np.array(answer, dtype=np.float32, order="C")  # a copy: the model may use its buffer again
         except (TypeError, ValueError):
             raise BadAnswer("vectors are ragged or not numbers") from None
         if array.ndim != 2 or len(array) != len(texts):

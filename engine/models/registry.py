@@ -51,17 +51,20 @@ def build(config: ModelConfig) -> BaseEmbeddingModel:
 
 def _imported(path: str) -> type[BaseEmbeddingModel]:
     module_name, _, class_name = path.rpartition(".")
-    if not module_name:
+    if not all(step.isidentifier() for step in path.split(".")) or not module_name:
         raise ConfigError(f"{path!r} is not package.module.Class")
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"cannot import {path}: there is no module {error.name!r} on the import path of this process; "
             "install it, or run where it is (PYTHONPATH)"
         ) from None
-    except AttributeError:
-        raise ConfigError(f"the module {module_name} has no class {class_name!r}") from None
+    except Exception as error:  # whatever the module of a user does as it is imported
+        raise ConfigError(f"cannot import {path}: {type(error).__name__}: {error}") from error
+    found = getattr(module, class_name, None)
+    if found is None:
+        raise ConfigError(f"the module {module_name} has no class {class_name!r}")
     if not (isinstance(found, type) and issubclass(found, BaseEmbeddingModel)):
         raise ConfigError(f"{path} is not a subclass of engine.BaseEmbeddingModel")
     return found

@@ -73,6 +73,7 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
         self._slug = f"sentence-transformers:{model_name}" + (f"@{revision}" if revision else "")
         self._model = _load(model_name, self.device, dtype, revision, trust_remote_code)
         if max_length is not None:
+            self._check_max_length(max_length)
             self._model.max_seq_length = max_length
         self._check_dimensions()
         self._model.register_forward_pre_hook(self._count_tokens)
@@ -136,8 +137,8 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
             convert_to_tensor=True,
             truncate_dim=self._dimensions,
         ).float()
-        if self._normalize:  # after the cast: lengths of 1 in float32, whatever the model computed in
-            vectors /= vectors.norm(dim=1, keepdim=True)
+        if self._normalize:  # after the cast: lengths of 1 in float32; not `/=`, which tensors of inference mode refuse
+            vectors = vectors / vectors.norm(dim=1, keepdim=True)
         array: npt.NDArray[Any] = vectors.cpu().numpy()
         return array
 
@@ -148,6 +149,17 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
             self._num_tokens += int(features["attention_mask"].sum())
         elif "input_ids" in features:  # flattened, without padding
             self._num_tokens += features["input_ids"].numel()
+
+    def _check_max_length(self, max_length: int) -> None:
+        """Refuse what the tokenizer takes for no limit, and what the model has no positions for."""
+        tokenizer = self._model.tokenizer
+        special = tokenizer.num_special_tokens_to_add() if hasattr(tokenizer, "num_special_tokens_to_add") else 0
+        config = getattr(getattr(self._model[0], "auto_model", None), "config", None)
+        positions = getattr(config, "max_position_embeddings", None)
+        if max_length <= special or (isinstance(positions, int) and 0 < positions < max_length):
+            raise ConfigError(
+                f"max_length: {self.model_name} takes {special + 1} to {positions or 'any number of'} tokens, not {max_length}"
+            )
 
     def _check_dimensions(self) -> None:
         full = self._model.get_embedding_dimension()
@@ -170,7 +182,7 @@ def _load(name: str, device: str, dtype: str, revision: str | None, trust_remote
             trust_remote_code=trust_remote_code,
             model_kwargs={"dtype": getattr(torch, dtype)},
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:  # RuntimeError: a device that torch does not know
         raise ConfigError(f"the model {name} cannot be loaded: {type(error).__name__}: {error}") from None
 
 

@@ -17,6 +17,8 @@ from engine.sources.parquet import read_shards
 
 MAX_READ_TASKS = 1000
 """Each costs the driver about 50 KB for as long as the run lasts, so large jobs have more parcels in each, not more tasks."""
+TASKS_PER_READER = 4
+"""Ray ends workers that are idle for a second, and a new one takes seconds of CPU to start: few long tasks, not many short."""
 MAX_READ_TASKS_PER_FILE = 32
 """A task that begins inside a row group decodes it from its start, so the more tasks share a giant group, the more is decoded
 for nothing: at 32, less than 1% of what the fastest model needs for the same rows."""
@@ -31,11 +33,12 @@ class ShardDatasource(Datasource):  # type: ignore[misc] # Ray's classes are unt
     Args:
         parcels: Shards that travel together.
         columns: What to read of each row.
+        num_readers: How many tasks read at once.
     """
 
-    def __init__(self, parcels: Sequence[Parcel], columns: Sequence[str]) -> None:
+    def __init__(self, parcels: Sequence[Parcel], columns: Sequence[str], num_readers: int) -> None:
         super().__init__()
-        self._passes = list(passes(parcels))
+        self._passes = list(passes(parcels, min(TASKS_PER_READER * num_readers, MAX_READ_TASKS)))
         self._columns = list(columns)
 
     @property
@@ -57,10 +60,10 @@ class ShardDatasource(Datasource):  # type: ignore[misc] # Ray's classes are unt
         return ReadTask(lambda: _read(parcels, columns), metadata)
 
 
-def passes(parcels: Sequence[Parcel]) -> Iterator[list[Parcel]]:
-    """Put neighbours together that one task reads in one pass: so many that there are neither too many tasks nor too many a file."""
+def passes(parcels: Sequence[Parcel], most: int) -> Iterator[list[Parcel]]:
+    """Put neighbours together that one task reads in one pass: about `most` passes in all, and not too many a file."""
     parcels_of = Counter(parcel[0].file.path for parcel in parcels)
-    at_least = -(-len(parcels) // MAX_READ_TASKS)
+    at_least = -(-len(parcels) // most)
     taken: list[Parcel] = []
     for parcel in parcels:
         taken.append(parcel)

@@ -40,13 +40,28 @@ def pack(items: Sequence[Item]) -> pa.Table:
         }
         for item in items
     ]
-    table = pa.concat_tables([item.table for item in items]).combine_chunks()
+    table = pa.concat_tables(_alike([item.table for item in items])).combine_chunks()
     columns = {MANIFEST: pa.array([canonical_json(manifest)], pa.large_string())}
     for name in table.column_names:
         chunks = table.column(name).chunks
         values = chunks[0] if chunks else pa.array([], table.schema.field(name).type)
         columns[name] = pa.LargeListArray.from_arrays(pa.array([0, len(values)], pa.int64()), values)
     return pa.table(columns)
+
+
+def _alike(tables: list[pa.Table]) -> list[pa.Table]:
+    """Bring a column that files hold as other kinds of text (strings, bytes, dictionaries, nulls alone) to one: bytes."""
+    for name in tables[0].column_names:
+        if len({table.schema.field(name).type for table in tables}) > 1:
+            at = tables[0].column_names.index(name)
+            tables = [table.set_column(at, name, _as_bytes(table.column(name))) for table in tables]
+    return tables
+
+
+def _as_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return column.cast(pa.large_binary())
 
 
 def unpack(block: pa.Table) -> Iterator[list[Item]]:

@@ -9,11 +9,13 @@ from engine.config import JobConfig
 from engine.errors import ConfigError
 
 LIGHT_CPUS = 0.06
-"""A read or publish task waits for disks. With a whole CPU each, they would stand still behind the actors, or the actors
+"""Readers and publishers wait for disks. With a whole CPU each, they would stand still behind the actors, or the actors
 behind them: on 2 CPUs the textbook recipe runs one actor on one core for want of a slot for its writer (FACTS.md)."""
-LIGHT_TASKS_PER_ACTOR = 2
+READERS_PER_ACTOR = 2
+ACTORS_PER_PUBLISHER = 4
+"""At first: a publisher is through with a shard in a fraction of what a model needs for it; the pool grows to one an actor."""
 RESERVED_CPUS = 0.25
-"""Of each actor's cores, for its light tasks: two readers and two publishers."""
+"""Of each actor's cores, for two readers and a publisher."""
 MAX_CORES_PER_ACTOR = 4
 
 
@@ -29,9 +31,14 @@ class Resources:
     max_actors: int
 
     @property
-    def max_light_tasks(self) -> int:
-        """Readers at once, and publishers at once."""
-        return LIGHT_TASKS_PER_ACTOR * self.max_actors
+    def max_readers(self) -> int:
+        """Read tasks at once."""
+        return READERS_PER_ACTOR * self.max_actors
+
+    @property
+    def min_publishers(self) -> int:
+        """Publishers to begin with; there are never more than embedding actors."""
+        return -(-self.min_actors // ACTORS_PER_PUBLISHER)
 
 
 def decide(config: JobConfig, cluster: Mapping[str, float], num_parcels: int) -> Resources:

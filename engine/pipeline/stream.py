@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy, TaskPoolStrategy
+from ray.data import ActorPoolStrategy
 
 from engine.ledger import Ledger
 from engine.pipeline import cluster
 from engine.pipeline.datasource import Parcel, ShardDatasource
-from engine.pipeline.publish import publish
+from engine.pipeline.publish import Publisher
 from engine.pipeline.resources import LIGHT_CPUS, Resources
 from engine.pipeline.worker import EmbedWorker, Work
 from engine.schema import Receipt
@@ -43,28 +43,31 @@ class Stream:
                 yield from _receipts_of(block)
 
     def _chain(self) -> ray.data.Dataset:
-        source = ShardDatasource(self.parcels, self._columns())
-        light = self.resources.max_light_tasks
+        chosen = self.resources
+        source = ShardDatasource(self.parcels, self._columns(), chosen.max_readers)
         return (
             ray.data.read_datasource(
-                source, override_num_blocks=source.num_read_tasks, num_cpus=LIGHT_CPUS, concurrency=light
+                source,
+                override_num_blocks=source.num_read_tasks,
+                num_cpus=LIGHT_CPUS,
+                concurrency=chosen.max_readers,
             )
             .map_batches(
                 EmbedWorker,
                 fn_constructor_args=(self.work,),
                 batch_size=1,  # a parcel a call; Ray refuses None beside GPUs
                 batch_format="pyarrow",
-                compute=ActorPoolStrategy(min_size=self.resources.min_actors, max_size=self.resources.max_actors),
-                num_cpus=self.resources.num_cpus,
-                num_gpus=self.resources.num_gpus or None,
+                compute=ActorPoolStrategy(min_size=chosen.min_actors, max_size=chosen.max_actors),
+                num_cpus=chosen.num_cpus,
+                num_gpus=chosen.num_gpus or None,
             )
             .map_batches(
-                publish,
-                fn_kwargs={"ledger": self.ledger, "fingerprint": self.fingerprint},
+                Publisher,
+                fn_constructor_args=(self.ledger, self.fingerprint),
                 batch_size=None,
                 batch_format="pyarrow",
+                compute=ActorPoolStrategy(min_size=chosen.min_publishers, max_size=chosen.max_actors),
                 num_cpus=LIGHT_CPUS,
-                compute=TaskPoolStrategy(size=light),
             )
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,20 +31,25 @@ def list_inputs(sources: Sequence[str], *, outside: str | None = None) -> Invent
 
     Args:
         sources: Paths or patterns; `~` is the home folder, `**` any depth.
-        outside: The output's folder: an input inside it is refused, since a run would embed what it writes.
+        outside: The output's folder: neither may lie where the other is looked for, since a run would embed what it writes.
 
     Raises:
-        SourceError: If a source names nothing.
+        SourceError: If a source names nothing, or source and output are not apart.
     """
     found: dict[str, os.stat_result] = {}
-    roots: set[str] = set()
+    roots: list[str] = []
     for source in sources:
         root, paths = _expand(source)
-        roots.add(root)
+        roots.append(root)
         for path in paths:
             found[path] = _stat(path)
     if outside:
-        _refuse_inside(found, outside)
+        walked = [
+            root
+            for source, root in zip(sources, roots, strict=True)
+            if "**" in source or Path(absolute(source)).is_dir()
+        ]
+        _refuse_inside(found, walked, outside)
     base = os.path.commonpath(sorted(roots))
     files = (
         InputFile(Path(path).relative_to(base).as_posix(), path, status.st_size, status.st_mtime_ns)
@@ -55,7 +60,7 @@ def list_inputs(sources: Sequence[str], *, outside: str | None = None) -> Invent
 
 def absolute(source: str) -> str:
     """Return a source as it is named from anywhere on this machine."""
-    return str(Path(source.removeprefix("file://")).expanduser().absolute())
+    return os.path.normpath(Path(source.removeprefix("file://")).expanduser().absolute())
 
 
 def check_unchanged(file: InputFile) -> None:
@@ -98,25 +103,39 @@ def _expand(source: str) -> tuple[str, list[str]]:
 
 
 def _below(folder: str) -> Iterator[str]:
+    seen: set[str] = set()
     for where, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
+        real = os.path.realpath(where)
+        if real in seen:  # a link to a folder above, or a second way to the same files
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
         for name in names:
             if name.endswith(SUFFIXES) and not name.startswith((".", "_")):
                 yield str(Path(where, name))
 
 
 def _stat(path: str) -> os.stat_result:
+    if not path.isascii() and path.encode(errors="replace").decode() != path:
+        raise SourceError(f"the name of the input {path!a} is not UTF-8: rename it, or leave it out of the source")
     try:
         return Path(path).stat()
     except OSError as error:
         raise SourceError(f"the input {path} cannot be read: {error.strerror}") from None
 
 
-def _refuse_inside(paths: dict[str, os.stat_result], output: str) -> None:
-    folder = Path(output).expanduser().absolute()
+def _refuse_inside(paths: Iterable[str], walked: Iterable[str], output: str) -> None:
+    folder = Path(output.removeprefix("file://")).expanduser().resolve()
     for path in paths:
-        if folder in Path(path).parents:
+        if folder in Path(path).resolve().parents:
             raise SourceError(
                 f"the input {path} lies inside the output {output}: a run would embed its own output; "
                 "put the output beside the source, not above it"
+            )
+    for root in walked:
+        if Path(root).resolve() in folder.parents:
+            raise SourceError(
+                f"the output {output} lies inside the source folder {root}: the next run would take its parts for inputs; "
+                "put the output beside the source"
             )

@@ -127,6 +127,10 @@ def _shape(file: InputFile, text_column: str, kept: Sequence[str]) -> FileShape:
                     f"{file.location} has no column {column!r}; it has: {', '.join(schema.names)}. "
                     "Name the text with --text-column"
                 )
+            if schema.names.count(column) > 1:
+                raise SourceError(
+                    f"{file.location} has {schema.names.count(column)} columns named {column!r}; rename them"
+                )
         if not _is_text(schema.field(text_column).type):
             raise SourceError(
                 f"the column {text_column!r} of {file.location} is {schema.field(text_column).type}, not text; "

@@ -127,13 +127,18 @@ def cut(row_groups: Iterable[int], shard_rows: int) -> Iterator[tuple[int, int]]
         yield start, end
 
 
-def parcels(pending: Sequence[Shard], max_rows: int) -> Iterator[tuple[Shard, ...]]:
+def parcels(pending: Sequence[Shard], shard_rows: int) -> Iterator[tuple[Shard, ...]]:
     """
     Put small shards together that travel through Ray as one row: its cost is per row, and many files are tiny.
+
+    Args:
+        pending: In the order of the plan.
+        shard_rows: About how many rows a shard has; a parcel has no more, unless that is fewer than `MIN_SHARD_ROWS`.
 
     Returns:
         Groups of neighbours of at most `max_rows` rows in all, or of a single shard.
     """
+    max_rows = max(shard_rows, MIN_SHARD_ROWS)
     group: list[Shard] = []
     num_rows = 0
     for shard in pending:

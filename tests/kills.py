@@ -1,0 +1,154 @@
+"""A job that is killed and run again, and what its output must be in the end: for the kill tests and the soak."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+
+import engine
+from tests.models import HashModel
+
+ROOT = Path(__file__).parent.parent
+ACTOR = "ray::MapWorker(MapBatches(EmbedWorker))"
+PUBLISHER = "ray::MapWorker(MapBatches(Publisher))"
+FAILING = "poison"
+
+
+class Job:
+    """
+    One command over 1,200 small texts in 60 shards, 14 of which cannot be embedded.
+
+    Args:
+        folder: Where its source and its output go.
+        address: Of the Ray cluster that it runs on; None lets each run start its own.
+        delay_s: Seconds that the model takes for a shard.
+    """
+
+    def __init__(self, folder: Path, address: str | None, delay_s: float = 0.05) -> None:
+        self.output = folder / "out"
+        self.source = folder / "in"
+        self._address = address
+        self._model_args = {"fail_on": FAILING, "delay_s": delay_s}
+        self.expected = self._write()
+
+    def _write(self) -> dict[str, np.ndarray]:
+        """Write the source; return the vectors that belong to its ids."""
+        self.source.mkdir(parents=True)
+        model, expected = HashModel(), {}
+        for number in range(3):
+            ids = [f"{number}-{row}" for row in range(400)]
+            texts: list[str | None] = [f"text {name}" for name in ids]
+            if number == 1:
+                texts[7], texts[390] = None, f"{FAILING} here"
+                texts[40:52] = [""] * 12
+            pq.write_table(pa.table({"id": ids, "text": texts}), self.source / f"{number}.parquet", row_group_size=100)
+            good = {name: text for name, text in zip(ids, texts, strict=True) if text and FAILING not in text}
+            expected |= {name: model.vector(text) for name, text in good.items()}
+        return expected
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start the command, always the same one."""
+        address = ["--address", self._address] if self._address else []
+        return subprocess.Popen(
+            [
+                *(
+                    sys.executable,
+                    str(ROOT / "jobs/embed.py"),
+                    "--source",
+                    str(self.source),
+                    "--output",
+                    str(self.output),
+                ),
+                *("--model", "custom:tests.models.HashModel", "--model-args", json.dumps(self._model_args)),
+                *("--id-column", "id", "--shard-rows", "20", "--num-actors", "2", "--cpus-per-actor", "1", *address),
+            ],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+
+    def finish(self) -> None:
+        """Run the command to its end."""
+        process = self.start()
+        _, stderr = process.communicate(timeout=240)
+        if process.returncode:
+            raise AssertionError(f"exit code {process.returncode}:\n{stderr.decode()[-4000:]}")
+
+    def num_committed(self) -> int:
+        """Count the commit records."""
+        return len(list(self.output.glob("_engine/commits/*.json")))
+
+    def wait_for_commits(self, number: int, process: subprocess.Popen[bytes]) -> None:
+        """Wait until so many shards are committed, or the command ends."""
+        wait_until(lambda: self.num_committed() >= number or process.poll() is not None)
+
+    def kill_at(self, chance: random.Random, process: subprocess.Popen[bytes]) -> None:
+        """SIGKILL the command's own process at some instant: while it starts, or between its first commit and its last."""
+        if chance.random() < 0.3:
+            time.sleep(chance.uniform(0, 6))
+        else:
+            self.wait_for_commits(self.num_committed() + 1, process)
+            time.sleep(chance.uniform(0, 1))
+        process.kill()
+        process.communicate()
+
+    def check(self) -> None:
+        """Make sure that every row is in the output exactly once, with its own vector, or in the rejects."""
+        table = pads.dataset(self.output / "data").to_table()
+        ids = table["id"].to_pylist()
+        assert sorted(ids) == sorted(self.expected)
+        for name, vector in zip(ids, table["embedding"].to_pylist(), strict=True):
+            np.testing.assert_array_equal(np.float32(vector), self.expected[name])
+        lines = [line for path in self.output.glob("_engine/rejects/*") for line in path.read_text().splitlines()]
+        rejected = [json.loads(line)["id"] for line in lines]
+        assert sorted(rejected) == sorted({"1-7", "1-390", *(f"1-{row}" for row in range(40, 52))})
+        verdict = engine.verify(self.output, "full")
+        assert verdict.ok, verdict.findings
+        assert (verdict.num_rows, verdict.num_rejects, verdict.num_shards) == (1186, 14, 60)
+
+
+def wait_until(is_true: Callable[[], bool], timeout_s: float = 120) -> None:
+    """Wait for something to be true; fail if it does not get so in time."""
+    deadline = time.monotonic() + timeout_s
+    while not is_true():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not true within {timeout_s} s")
+        time.sleep(0.01)
+
+
+def kill_worker(title: str, below: int, while_running: subprocess.Popen[bytes], chance: random.Random) -> bool:
+    """SIGKILL one of Ray's workers whose title begins so, below the process `below`, as soon as there is one; say if one was."""
+    while while_running.poll() is None:
+        found = [
+            process
+            for process in psutil.Process(below).children(recursive=True)
+            if " ".join(_command_of(process)).startswith(title)
+        ]
+        if found:
+            try:
+                os.kill(chance.choice(found).pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+            return True
+        time.sleep(0.001)
+    return False
+
+
+def _command_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []

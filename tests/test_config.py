@@ -1,0 +1,270 @@
+"""The config: one set of names for flags, YAML and keyword arguments, and what of it decides the vectors."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import engine
+from engine.config import DEFAULT_MODEL, JobConfig, ModelConfig, load_config, validated
+from engine.errors import ConfigError
+
+DECIDES = {
+    "model_args",
+    "dtype",
+    "max_length",
+    "dimensions",
+    "normalize",
+    "prompt",
+    "trust_remote_code",
+    "text_column",
+}
+"""What may decide the vectors besides the model itself, which is in the fingerprint by its content or commit."""
+SPEED_AND_PLACE = {
+    "device",
+    "batch_size",
+    "shard_rows",
+    "num_actors",
+    "min_actors",
+    "gpus_per_actor",
+    "cpus_per_actor",
+    "max_rejects",
+    "address",
+    "source",
+    "output",
+    "id_column",
+    "keep",
+}
+
+
+def load(path: Path | None = None, **given):
+    return load_config(None if path is None else str(path), **{"source": "in", "output": "out"} | given)
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_source_and_output_are_all_that_is_needed():
+    """Everything else has a default."""
+    config = load_config(source="in", output="out")
+    assert (config.source, config.output, config.model, config.text_column) == (("in",), "out", DEFAULT_MODEL, "text")
+
+
+def test_a_file_has_the_names_of_the_keyword_arguments(tmp_path):
+    """What is given as an argument wins; None was not given; the rest is the file's."""
+    path = write(tmp_path, "source: [a, b]\noutput: o\nkeep: [x]\nprompt: 'é: '\nshard_rows: 7\n")
+    config = load_config(str(path), output="p", shard_rows=None)
+    assert (config.source, config.output, config.keep, config.prompt, config.shard_rows) == (
+        ("a", "b"),
+        "p",
+        ("x",),
+        "é: ",
+        7,
+    )
+
+
+def test_every_field_survives_the_way_through_a_file(tmp_path):
+    """A config that is dumped and loaded is the same."""
+    import yaml
+
+    config = load(model="custom:a.B", model_args={"x": [1]}, id_column="id", keep=["a"], gpus_per_actor=0.5)
+    path = write(tmp_path, yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(str(path)) == config
+
+
+def test_paths_and_single_values_are_taken_as_they_come(tmp_path):
+    """A Path is a path, and one source needs no list."""
+    config = load_config(source=tmp_path / "in", output=tmp_path / "out", keep="a")
+    assert (config.source, config.output, config.keep) == ((str(tmp_path / "in"),), str(tmp_path / "out"), ("a",))
+    assert load_config(source=[tmp_path, "b"], output="o").source == (str(tmp_path), "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "must be a mapping"),
+        ("just text", "must be a mapping"),
+        ("1: a\n", "must be a mapping"),
+        ("a: [b\n", "is not YAML"),
+        ("a: !!python/object:os.system x\n", "is not YAML"),
+        ("", "'source' is missing"),
+        ("sorce: a\n", "unknown option 'sorce'"),
+    ],
+)
+def test_a_file_that_is_no_config_is_a_message(tmp_path, text, message):
+    """It names the file or the key, and no code of it is run."""
+    with pytest.raises(ConfigError, match=message):
+        load_config(str(write(tmp_path, text)))
+
+
+def test_a_file_that_cannot_be_read_is_a_message(tmp_path):
+    """Missing, a folder, or not UTF-8."""
+    (tmp_path / "latin.yaml").write_bytes(b"prompt: \xe9\n")
+    for path, message in (
+        (tmp_path / "no.yaml", "No such file"),
+        (tmp_path, "directory"),
+        (tmp_path / "latin.yaml", "YAML"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(str(path))
+
+
+def test_an_unknown_option_is_named_with_all_that_are_known():
+    """A typing mistake is never ignored."""
+    with pytest.raises(ConfigError, match="unknown option 'shard_row'; known are: ") as caught:
+        load(shard_row=3)
+    assert set(re.split(r"[ ,:;]+", caught.value.message)) >= set(JobConfig.model_fields)
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    """One message, one line."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(sauce="x", shard_rows=0)
+    for problem in ("unknown option 'sauce'", "'source' is missing", "'output' is missing", "shard_rows"):
+        assert problem in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shard_rows": 0}, "shard_rows: .*greater than or equal to 1"),
+        ({"shard_rows": "many"}, "shard_rows: .*integer"),
+        ({"shard_rows": 1.5}, "shard_rows"),
+        ({"dtype": "int3"}, "dtype: .*float32.*bfloat16"),
+        ({"gpus_per_actor": 0}, "gpus_per_actor"),
+        ({"gpus_per_actor": 1.5}, "neither a share of one GPU nor a whole number"),
+        ({"max_rejects": -1}, "max_rejects"),
+        ({"source": []}, "source"),
+        ({"source": 5}, "source"),
+        ({"source": [5]}, "source"),
+        ({"output": ""}, "output"),
+        ({"keep": {"a": 1}}, "keep"),
+        ({"normalize": "perhaps"}, "normalize"),
+        ({"model": "all-MiniLM-L6-v2"}, "is not provider:name"),
+        ({"model": "custom:"}, "is not provider:name"),
+        ({"model": ":x"}, "is not provider:name"),
+        ({"num_actors": 1, "min_actors": 2}, "min_actors 2 is more than num_actors 1"),
+        ({"keep": ["embedding"]}, "'embedding' cannot be kept"),
+        ({"keep": ["_source_row"]}, "'_source_row' cannot be kept"),
+        ({"keep": ["id"]}, "'id' cannot be kept"),
+        ({"id_column": "embedding"}, "'embedding' cannot be kept"),
+        ({"id_column": "a", "keep": ["a"]}, "'a' is kept twice"),
+        ({"keep": ["a", "a"]}, "'a' is kept twice"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_named(options, message):
+    """The field, and what is wrong with it."""
+    with pytest.raises(ConfigError, match=message):
+        load(**options)
+
+
+def test_a_column_named_id_can_be_the_id():
+    """Only a made id is in its way."""
+    assert load(id_column="id", keep=["year"]).kept_columns == ("id", "year")
+
+
+@pytest.mark.parametrize(
+    "name", ["api_key", "apikey", "openai_api_key", "token", "hf_token", "AUTH", "client_secret", "password"]
+)
+def test_a_secret_among_the_arguments_is_refused(name):
+    """They are stored with the output; the value is in no message."""
+    with pytest.raises(ConfigError, match="looks like a secret") as caught:
+        load(model="custom:a.B", model_args={name: "hunter2"})
+    assert "hunter2" not in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "tokenizer", "author", "keys", "authority"])
+def test_what_only_sounds_like_a_secret_is_taken(name):
+    """Tokens are what models eat."""
+    assert load(model="custom:a.B", model_args={name: 1}).model_args == {name: 1}
+
+
+@pytest.mark.parametrize("field", JobConfig.model_fields.items(), ids=lambda field: field[0])
+def test_every_option_is_described(field):
+    """The description is its help text."""
+    assert len(field[1].description) > 10
+
+
+def test_the_fingerprint_has_what_decides_vectors_and_nothing_else():
+    """Whoever adds an option has to say here which it is; the model and its revision are in by identity."""
+    assert load().settings().keys() == DECIDES
+    assert JobConfig.model_fields.keys() - DECIDES - {"model", "revision"} == SPEED_AND_PLACE
+    assert validated(ModelConfig, {}).settings().keys() == DECIDES - {"text_column"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"device": "cpu"},
+        {"batch_size": 3},
+        {"shard_rows": 3},
+        {"num_actors": 3, "min_actors": 2},
+        {"gpus_per_actor": 0.5},
+        {"cpus_per_actor": 3},
+        {"source": "elsewhere", "output": "elsewhere"},
+        {"address": "auto"},
+        {"max_rejects": 0},
+    ],
+)
+def test_speed_and_place_are_not_in_the_fingerprint(options):
+    """They may change from run to run."""
+    assert load(**options).settings() == load().settings()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "bfloat16"},
+        {"max_length": 3},
+        {"dimensions": 3},
+        {"normalize": True},
+        {"prompt": "q: "},
+        {"trust_remote_code": True},
+        {"text_column": "body"},
+        {"model_args": {"a": 1}},
+    ],
+)
+def test_what_decides_the_vectors_is_in_the_fingerprint(options):
+    """Vectors of two such settings must not mix."""
+    assert load(**options).settings() == load().settings() | options
+
+
+def test_a_config_cannot_be_changed():
+    """It travels, and is the same everywhere."""
+    with pytest.raises(Exception, match="frozen"):
+        load().output = "other"
+
+
+def test_an_option_named_path_is_unknown_like_any_other():
+    """The name of a parameter of ours is no option."""
+    with pytest.raises(ConfigError, match="unknown option 'path'"):
+        engine.plan(source="a", output="b", path="x")
+
+
+def test_a_date_that_is_none_is_a_message(tmp_path):
+    """YAML takes it for a date and fails."""
+    (tmp_path / "c.yaml").write_text("prompt: 2024-13-45\n")
+    with pytest.raises(ConfigError, match="not YAML"):
+        load_config(str(tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"client": {"api_key": 1}},
+        {"a": [{"token": 1}]},
+        {"private_key": 1},
+        {"openai_key": 1},
+        {"headers": {"Authorization": 1}},
+    ],
+)
+def test_a_secret_is_refused_at_any_depth(args):
+    """Arguments are stored with the output, all of them."""
+    with pytest.raises(ConfigError, match="looks like a secret"):
+        load_config(source="a", output="b", model="custom:a.B", model_args=args)

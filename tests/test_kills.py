@@ -1,0 +1,113 @@
+"""Whatever is killed, and whenever: the same command again, and every row is there once."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from tests.kills import ACTOR, PUBLISHER, ROOT, Job, kill_worker
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def address():
+    """A cluster that outlives the drivers that are killed on it."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ["PYTHONPATH"] = str(ROOT)
+    ray.init(address="local", num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.fixture
+def job(address, tmp_path: Path) -> Job:
+    return Job(tmp_path, address)
+
+
+def test_an_undisturbed_run_is_the_yardstick(job):
+    """What the other tests compare with: the check passes where nothing was killed."""
+    job.finish()
+    job.check()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_drivers_killed_at_any_time_lose_and_repeat_nothing(job, seed):
+    """SIGKILL of the driver, twice in a row, as it starts or as it commits; then the same command to its end."""
+    chance = random.Random(seed)
+    for _ in range(2):
+        job.kill_at(chance, job.start())
+    job.finish()
+    job.check()
+
+
+@pytest.mark.parametrize(("title", "kills"), [(ACTOR, 4), (PUBLISHER, 6)])
+def test_workers_killed_in_the_middle_are_replaced_and_the_run_goes_on(address, tmp_path, title, kills):
+    """SIGKILL of embedding actors and of publish tasks, several times in one run, which ends well all the same."""
+    job = Job(tmp_path, address, delay_s=0.3)
+    chance = random.Random(title)
+    process = job.start()
+    killed = 0
+    for number in range(kills):
+        job.wait_for_commits(1 + 3 * number, process)
+        time.sleep(chance.uniform(0, 0.2))
+        killed += kill_worker(title, os.getpid(), process, chance)
+    _, stderr = process.communicate(timeout=240)
+    assert process.returncode == 0, stderr.decode()[-4000:]
+    assert killed == kills
+    job.check()
+
+
+def test_a_driver_killed_with_its_own_ray_resumes(tmp_path):
+    """SIGKILL of a driver that had started Ray itself: the same command resumes at once, beside what is left of that Ray."""
+    job = Job(tmp_path, None)
+    process = job.start()
+    job.wait_for_commits(5, process)
+    process.kill()
+    process.communicate()
+    assert 5 <= job.num_committed() < 60
+    job.finish()
+    job.check()
+
+
+def test_a_raylet_killed_ends_the_run_and_the_same_command_resumes(tmp_path):
+    """SIGKILL of Ray itself under a live driver: the run ends with an error, and nothing is lost."""
+    job = Job(tmp_path, None)
+    process = job.start()
+    job.wait_for_commits(5, process)
+    raylet = next(child for child in psutil.Process(process.pid).children() if child.name() == "raylet")
+    raylet.kill()
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0, stderr.decode()[-2000:]
+    job.finish()
+    job.check()
+
+
+def test_two_drivers_at_once_end_with_every_row_once(job):
+    """Both do all they can, and both end well."""
+    processes = [job.start(), job.start()]
+    for process in processes:
+        _, stderr = process.communicate(timeout=240)
+        assert process.returncode == 0, stderr.decode()[-4000:]
+    job.check()
+
+
+def test_a_driver_that_slept_through_another_run_doubles_nothing(job):
+    """SIGSTOP of a driver in the middle, another run to the end, SIGCONT: the sleeper finds all done."""
+    sleeper = job.start()
+    job.wait_for_commits(5, sleeper)
+    sleeper.send_signal(signal.SIGSTOP)
+    assert job.num_committed() < 60
+    job.finish()
+    job.check()
+    sleeper.send_signal(signal.SIGCONT)
+    _, stderr = sleeper.communicate(timeout=240)
+    assert sleeper.returncode == 0, stderr.decode()[-4000:]
+    job.check()
