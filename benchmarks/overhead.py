@@ -1,7 +1,7 @@
 """
 What the engine costs beside its model: `engine run` against a bare loop over the same shards, and the cold start of both.
 
-    python benchmarks/overhead.py                                   about six minutes on two cores
+    python benchmarks/overhead.py                                   about twelve minutes on two cores
     python benchmarks/overhead.py --rounds 1 --shards 4             a look
 
 Both embed the same rows of real text with the same model class, settings and number of threads, each time in a fresh process.
@@ -51,9 +51,9 @@ progress = Console(stderr=True, highlight=False)
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="What the engine costs beside its model.")
-    parser.add_argument("--rounds", type=int, default=4, help="rounds of engine and loop (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of engine and loop (%(default)s)")
     parser.add_argument("--texts", choices=sorted(corpus.KINDS), default="messages", help="of chitchat (%(default)s)")
-    parser.add_argument("--shards", type=int, default=9, help="shards a round; the first is not counted (%(default)s)")
+    parser.add_argument("--shards", type=int, default=25, help="shards a round; the first is not counted (%(default)s)")
     parser.add_argument("--shard-rows", type=int, default=1024, help="rows of a shard (%(default)s)")
     parser.add_argument("--batch-size", type=int, help="texts a batch (the engine's own choice)")
     parser.add_argument("--dtype", default="float32", help="what the model computes in (%(default)s)")

@@ -136,7 +136,7 @@ def test_a_model_that_cannot_be_built_on_its_actor_is_one_message(job, capfd):
 @pytest.mark.ray
 def test_ctrl_c_stops_cleanly_and_the_same_command_resumes(tmp_path):
     """SIGINT, as a terminal sends it: exit code 130, what is committed is kept, and how to go on is said."""
-    job = Job(tmp_path, None, delay_s=0.3)
+    job = Job(tmp_path, None, delay_s=0.15)
     process = job.start()
     job.wait_for_commits(4, process)
     process.send_signal(signal.SIGINT)
