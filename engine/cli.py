@@ -12,7 +12,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -27,6 +27,7 @@ from engine import runner
 from engine.config import load_config
 from engine.errors import ConfigError, EngineError
 from engine.options import given, job_options
+from engine.streams import without_core_notices
 from engine.terminal import show_plan, show_run, show_status, show_verify
 from engine.version import __version__
 
@@ -178,6 +179,16 @@ def _verify(
 @contextmanager
 def _reporting(verbose: bool, debug: bool) -> Iterator[Console]:
     """Send logs, and whatever libraries and workers print, to stderr: stdout is for the result."""
+    with (
+        without_core_notices() if not debug else nullcontext(),
+        redirect_stdout(sys.stderr),
+        _logging(verbose, debug) as console,
+    ):
+        yield console
+
+
+@contextmanager
+def _logging(verbose: bool, debug: bool) -> Iterator[Console]:
     console = Console(stderr=True, highlight=False)
     handler = RichHandler(console=console, show_path=False, markup=False, log_time_format="%X")
     logger = logging.getLogger("engine")
@@ -185,8 +196,7 @@ def _reporting(verbose: bool, debug: bool) -> Iterator[Console]:
     logger.setLevel(logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING)
     logger.addHandler(handler)
     try:
-        with redirect_stdout(sys.stderr):
-            yield console
+        yield console
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 from engine import runner
 from engine.config import load_config
 from engine.inline import embed
-from engine.runner import status
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from engine.results import PlanResult, RunResult, VerifyResult
+    from engine.results import PlanResult, RunResult, StatusResult, VerifyResult
     from engine.verification import Level
 
 __all__ = ["embed", "plan", "run", "status", "verify"]
@@ -47,6 +46,11 @@ def run(*, config: str | Path | None = None, progress: bool = True, **options: A
 
     with Progress(Console(stderr=True)) as shown:
         return runner.run(job, on_event=shown)
+
+
+def status(output: str | Path) -> StatusResult:
+    """Say where an output stands, by its records; and what is pending, if its source can be read from here."""
+    return runner.status(str(output))
 
 
 def verify(

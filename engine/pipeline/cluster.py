@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,8 +30,7 @@ def connected(address: str | None) -> Iterator[None]:
         yield
         return
     try:
-        with _quiet_core():
-            ray.init(address=address, logging_level=logging.WARNING, include_dashboard=None if address else False)
+        ray.init(address=address, logging_level=logging.WARNING, include_dashboard=None if address else False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"cannot connect to Ray at {address or 'this machine'} ({type(error).__name__}): "
@@ -42,20 +40,6 @@ def connected(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def _quiet_core() -> Iterator[None]:
-    """Keep the notices of Ray's C++ core off the screen (one comes with every actor pool); a level set by the user holds."""
-    name = "RAY_BACKEND_LOG_LEVEL"
-    if name in os.environ or logging.getLogger("engine").isEnabledFor(logging.DEBUG):
-        yield
-        return
-    os.environ[name] = "fatal"
-    try:
-        yield
-    finally:
-        os.environ.pop(name, None)
 
 
 @contextmanager

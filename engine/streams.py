@@ -1,0 +1,51 @@
+"""The streams of the process: what Ray's C++ core writes to stderr beside Python, and who gets to see it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+CORE_NOTICE = re.compile(rb"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ [IWE] \d+ \d+\] ")
+"""How the core begins a line. Every actor pool brings one of level E about its own arguments (ray issue 53727). Fatal ones (F) pass,
+and all of them are in Ray's log files."""
+
+
+@contextmanager
+def without_core_notices() -> Iterator[None]:
+    """
+    Keep the notices of Ray's C++ core off the screen.
+
+    The core writes to descriptor 2 itself, past `sys.stderr`. So descriptor 2 becomes a pipe that is read line by line, and
+    `sys.stderr` goes on as it was, on a copy of the original: a terminal stays a terminal.
+    """
+    before = sys.__stderr__
+    if before is None or sys.stderr is not before or before.fileno() != 2:  # somebody captures it: theirs to filter
+        yield
+        return
+    before.flush()
+    screen = os.dup(2)
+    readable, writable = os.pipe()
+    with os.fdopen(screen, "wb", 0) as raw, os.fdopen(os.dup(screen), "w", 1, before.encoding, before.errors) as text:
+        os.dup2(writable, 2)
+        os.close(writable)
+        reader = threading.Thread(target=_pass_on, args=(readable, raw), daemon=True)
+        reader.start()
+        sys.stderr = text
+        try:
+            yield
+        finally:
+            sys.stderr = before
+            os.dup2(screen, 2)
+            reader.join(timeout=1)  # not for ever: a child process may hold the pipe open
+
+
+def _pass_on(readable: int, screen: BinaryIO) -> None:
+    with os.fdopen(readable, "rb") as lines:
+        for line in lines:
+            if not CORE_NOTICE.match(line):
+                screen.write(line)

@@ -1,0 +1,214 @@
+"""Verification: every kind of damage is found, named with what to do, and mended by set-aside and a new run's publish."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import engine
+from engine.config import JobConfig, load_config
+from engine.ledger import COMMITS, REJECTS, part_name, record_name, rejects_name
+from engine.schema import EMBEDDING, SOURCE_ROW, Reject, Shard, Usage, vectors_type
+from engine.survey import survey
+from tests.models import HashModel
+
+LEVELS = ("quick", "footers", "full", "sample")
+
+
+class Output:
+    """An output of 100 rows in 5 shards, one row a reject, as a run leaves it, but made without Ray."""
+
+    def __init__(self, folder: Path) -> None:
+        self.source, self.out = folder / "in", folder / "out"
+        self.source.mkdir()
+        for name in ("a", "b"):
+            texts = [f"{name} {row}" for row in range(50)]
+            if name == "b":
+                texts[49] = ""
+            pq.write_table(pa.table({"id": range(50), "text": texts}), self.source / f"{name}.parquet")
+        self.config: JobConfig = load_config(
+            source=str(self.source),
+            output=str(self.out),
+            model="custom:tests.models.HashModel",
+            id_column="id",
+            shard_rows=20,
+        )
+        self.make()
+
+    def make(self) -> int:
+        """Publish what is pending, as a run does; return how many shards that were."""
+        asked = survey(self.config)
+        asked.ledger.claim(asked.job)
+        for shard_id in asked.standing.missing:
+            asked.ledger.set_aside(shard_id)
+        for shard in asked.standing.plan.pending:
+            self.publish(shard)
+        return len(asked.standing.plan.pending)
+
+    def publish(self, shard: Shard, *, noise: float = 0.0) -> None:
+        """Publish a shard with the model's vectors, or such as are not."""
+        asked = survey(self.config)
+        name = shard.file.path[0]
+        rows = [row for row in range(shard.start, shard.stop) if (name, row) != ("b", 49)]
+        vectors = asyncio.run(HashModel().embed([f"{name} {row}" for row in rows]))
+        vectors = (vectors + noise * np.random.default_rng(0).normal(size=vectors.shape)).astype(np.float32)
+        embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=vectors_type(8))
+        table = pa.table({"id": rows, EMBEDDING: embedding, SOURCE_ROW: pa.array(rows, pa.int64())})
+        rejects = [Reject(49, 49, "empty text")] if (name, shard.stop) == ("b", 50) else []
+        usage = Usage(created_at="now")
+        asked.ledger.publish(table, shard=shard, fingerprint=asked.job.fingerprint, rejects=rejects, usage=usage)
+
+    def parts(self) -> list[Path]:
+        return sorted((self.out / "data").iterdir())
+
+    def first_id(self) -> str:
+        return self.parts()[0].stem.removeprefix("part-")
+
+    def id_with_rejects(self) -> str:
+        return next((self.out / REJECTS).iterdir()).stem
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Output:
+    return Output(tmp_path)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def other_footer(output: Output) -> None:
+    """The part of another job, of the same length: its record is made to fit in all that a listing can see."""
+    shard_id = output.first_id()
+    record = output.out / record_name(shard_id)
+    fields = json.loads(record.read_text())
+    record.write_text(json.dumps(fields | {"num_rows": fields["num_rows"] - 1, "num_rejects": 1}))
+    (output.out / REJECTS).mkdir(exist_ok=True)
+    (output.out / rejects_name(shard_id)).write_text("{}\n")
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Output], object]]] = {
+    "a part is gone": ("quick", lambda o: o.parts()[0].unlink()),
+    "a part is empty": ("quick", lambda o: o.parts()[0].write_bytes(b"")),
+    "a part is truncated": ("quick", lambda o: truncate(o.parts()[0])),
+    "a record is empty": ("quick", lambda o: (o.out / record_name(o.first_id())).write_bytes(b"")),
+    "a record is another's": (
+        "quick",
+        lambda o: shutil.copy(o.out / record_name(o.parts()[1].stem[5:]), o.out / record_name(o.first_id())),
+    ),
+    "rejects are gone": ("quick", lambda o: (o.out / rejects_name(o.id_with_rejects())).unlink()),
+    "a footer says something else": ("footers", other_footer),
+    "a bit is flipped": ("full", lambda o: flip(o.parts()[0])),
+    "rejects were edited": ("full", lambda o: (o.out / rejects_name(o.id_with_rejects())).write_text("{}\n")),
+}
+
+
+def test_a_good_output_is_good_at_every_level(output):
+    """And all rows were looked at."""
+    for level in LEVELS:
+        verdict = engine.verify(output.out, level)
+        assert verdict.ok, verdict.findings
+        assert (verdict.num_rows, verdict.num_rejects, verdict.num_shards, verdict.pending_rows) == (99, 1, 6, 0)
+    assert verdict.lowest_cosine == pytest.approx(1)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_named_set_aside_and_made_again(output, damage):
+    """From the level on that can see it; what was bad is kept aside, and the output ends as it was."""
+    before = {path.name: path.read_bytes() for path in output.parts()}
+    level, harm = DAMAGES[damage]
+    harm(output)
+    for blind in LEVELS[: LEVELS.index(level)]:
+        assert engine.verify(output.out, blind).ok
+    found = engine.verify(output.out, level, set_aside=True)
+    assert not found.ok
+    bad = found.findings[0]
+    assert bad.shard_id in bad.problem
+    assert "--set-aside" in bad.advice
+    assert found.set_aside
+    assert all((output.out / name).exists() for name in found.set_aside)
+    assert output.make() == 1
+    assert {path.name: path.read_bytes() for path in output.parts()} == before
+    assert engine.verify(output.out, "full").ok
+
+
+def test_rows_that_are_left_are_a_finding_with_what_to_do(output):
+    """A new file: the output is right and not whole."""
+    pq.write_table(pa.table({"id": [1], "text": ["new"]}), output.source / "c.parquet")
+    verdict = engine.verify(output.out)
+    assert (verdict.ok, verdict.pending_rows) == (False, 1)
+    assert verdict.findings[0].problem == "1 rows in 1 of 7 shards are not committed"
+    assert "run the same command again" in verdict.findings[0].advice
+
+
+def test_a_part_without_a_record_is_told_and_its_damage_found(output):
+    """A run died between the two: no harm, unless the part is damaged as well."""
+    (output.out / record_name(output.first_id())).unlink()
+    told = engine.verify(output.out, "full")
+    assert "1 parts have no record yet" in told.warnings[0]
+    assert [finding.shard_id for finding in told.findings] == [""]
+    flip(output.parts()[0])
+    assert output.first_id() in [finding.shard_id for finding in engine.verify(output.out, "full").findings]
+
+
+def test_vectors_that_the_model_does_not_give_are_found_by_a_sample(output):
+    """Whole and sealed, and wrong: only embedding again tells."""
+    shard_id = output.first_id()
+    asked = survey(output.config)
+    record = asked.ledger.record(shard_id)
+    asked.ledger.set_aside(shard_id)
+    (shard,) = [shard for shard in survey(output.config).standing.plan.pending if shard.id == shard_id]
+    output.publish(shard, noise=0.5)
+    assert asked.ledger.record(shard_id).checksum != record.checksum
+    assert engine.verify(output.out, "full").ok
+    verdict = engine.verify(output.out, "sample")
+    assert [finding.shard_id for finding in verdict.findings] == [shard_id]
+    assert verdict.lowest_cosine is not None
+    assert verdict.lowest_cosine < 0.99
+
+
+def test_what_cannot_be_made_again_is_not_moved(output):
+    """The input is gone: a damaged part stays where it is, and the advice is another."""
+    flip(next(path for path in output.parts() if b'"path":"a.parquet"' in path.read_bytes()))
+    (output.source / "a.parquet").unlink()
+    verdict = engine.verify(output.out, "full", set_aside=True)
+    assert not verdict.ok
+    assert "restore the part from a copy" in verdict.findings[0].advice
+    assert verdict.set_aside == []
+    assert len(output.parts()) == 6
+
+
+def test_a_source_out_of_reach_is_a_warning_and_the_rest_is_checked(output):
+    """On another machine, say: what is there is verified, what is left cannot be told."""
+    shutil.rmtree(output.source)
+    verdict = engine.verify(output.out, "full")
+    assert (verdict.ok, verdict.pending_rows, verdict.num_rows) == (True, None, 99)
+    assert "what is left to do cannot be told" in verdict.warnings[0]
+    status = engine.status(output.out)
+    assert (status.pending_rows, status.num_rows) == (None, 99)
+
+
+def test_rows_in_two_parts_are_found(output):
+    """A file was swapped under the same name, and both its versions were forced in: quick sees rows twice."""
+    shard_id = output.first_id()
+    record = json.loads((output.out / record_name(shard_id)).read_text())
+    twin = "f" * 32
+    (output.out / record_name(twin)).write_text(json.dumps(record | {"shard_id": twin, "mtime_ns": 1}))
+    shutil.copy(output.out / part_name(shard_id), output.out / part_name(twin))
+    (output.out / COMMITS).exists()
+    problems = [finding.problem for finding in engine.verify(output.out).findings]
+    assert any("are in two parts" in problem for problem in problems)
