@@ -9,14 +9,15 @@ Arrow are views: packing copies nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 import pyarrow as pa
 
-from engine.schema import InputFile, Reject, Shard, Usage, canonical_json
+from engine.schema import InputFile, Receipt, Reject, Shard, Usage, canonical_json
 
 MANIFEST = "_manifest"
+RECEIPTS = "receipts"
 
 
 @dataclass(slots=True)
@@ -79,3 +80,16 @@ def unpack(block: pa.Table) -> Iterator[list[Item]]:
             items.append(Item(shard, rows, rejects, Usage(**entry["usage"])))
             start += entry["num_rows"]
         yield items
+
+
+def pack_receipts(receipts: Iterable[Receipt]) -> pa.Table:
+    """Return a parcel's receipts as a table of one row, since Ray's cost is per row for them too."""
+    line = canonical_json([asdict(receipt) for receipt in receipts])
+    return pa.table({RECEIPTS: pa.array([line], pa.large_string())})
+
+
+def unpack_receipts(block: pa.Table) -> Iterator[Receipt]:
+    """Yield the receipts in a block, of however many parcels."""
+    for line in block.column(RECEIPTS).to_pylist():
+        for fields in json.loads(line):
+            yield Receipt(**fields)

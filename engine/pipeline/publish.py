@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import pyarrow as pa
 
 from engine.ledger import Ledger
-from engine.pipeline.parcel import unpack
+from engine.pipeline.parcel import pack_receipts, unpack
 
 
 class Publisher:
@@ -23,12 +21,11 @@ class Publisher:
         self._fingerprint = fingerprint
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Commit every shard in a block; return a row for each receipt."""
-        receipts = [
+        """Commit every shard in a block; return their receipts."""
+        return pack_receipts(
             self._ledger.publish(
                 item.table, shard=item.shard, fingerprint=self._fingerprint, rejects=item.rejects, usage=item.usage
             )
             for items in unpack(block)
             for item in items
-        ]
-        return pa.Table.from_pylist([asdict(receipt) for receipt in receipts])
+        )

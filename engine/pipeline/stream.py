@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
-import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy
@@ -13,10 +12,14 @@ from ray.data import ActorPoolStrategy
 from engine.ledger import Ledger
 from engine.pipeline import cluster
 from engine.pipeline.datasource import Parcel, ShardDatasource
+from engine.pipeline.parcel import unpack_receipts
 from engine.pipeline.publish import Publisher
 from engine.pipeline.resources import LIGHT_CPUS, Resources
 from engine.pipeline.worker import EmbedWorker, Work
 from engine.schema import Receipt
+
+TASKS_IN_FLIGHT = 8
+"""For a publisher, which is through with a parcel of small shards faster than Ray's scheduler comes round (0.1 s)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ class Stream:
         with cluster.settings(target_max_block_size=1), cluster.translated():
             blocks = self._chain().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
             for block in blocks:
-                yield from _receipts_of(block)
+                yield from unpack_receipts(block)
 
     def _chain(self) -> ray.data.Dataset:
         chosen = self.resources
@@ -66,15 +69,14 @@ class Stream:
                 fn_constructor_args=(self.ledger, self.fingerprint),
                 batch_size=None,
                 batch_format="pyarrow",
-                compute=ActorPoolStrategy(min_size=chosen.min_publishers, max_size=chosen.max_actors),
+                compute=ActorPoolStrategy(
+                    min_size=chosen.min_publishers,
+                    max_size=chosen.max_actors,
+                    max_tasks_in_flight_per_actor=TASKS_IN_FLIGHT,
+                ),
                 num_cpus=LIGHT_CPUS,
             )
         )
 
     def _columns(self) -> list[str]:
         return [self.work.text_column, *self.work.columns]
-
-
-def _receipts_of(block: pa.Table) -> Iterator[Receipt]:
-    for row in block.to_pylist():
-        yield Receipt(**row)
