@@ -114,7 +114,9 @@ class JobConfig(ModelConfig):
     num_actors: int | None = Field(
         None, ge=1, description="most model actors at once; by default one per GPU or group of cores"
     )
-    min_actors: int | None = Field(None, ge=1, description="actors to begin with, and to keep; default: 1")
+    min_actors: int | None = Field(
+        None, ge=1, description="actors to begin with, and to keep; by default as many as the cluster holds now"
+    )
     gpus_per_actor: float | None = Field(
         None, gt=0, description="GPUs, or the share of one, for each actor; default: 1 if the cluster has any"
     )

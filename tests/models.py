@@ -56,17 +56,18 @@ class BrokenModel(HashModel):
 
 
 class MeddlingModel(HashModel):
-    """Changes an input while the job runs: once, at its third call."""
+    """Changes or deletes an input while the job runs: once, at its third call."""
 
-    def __init__(self, change_file: str) -> None:
+    def __init__(self, change_file: str, delete: bool = False) -> None:
         super().__init__(delay_s=0.05)
         self.change_file = change_file
+        self.delete = delete
         self.num_calls = 0
 
     async def embed(self, texts: list[str]) -> np.ndarray:
         self.num_calls += 1
         if self.num_calls == 3:
-            os.utime(self.change_file)
+            os.unlink(self.change_file) if self.delete else os.utime(self.change_file)  # noqa: PTH108
         return await super().embed(texts)
 
 
@@ -76,3 +77,12 @@ class ChattyModel(HashModel):
     async def embed(self, texts: list[str]) -> np.ndarray:
         print("chatter")  # noqa: T201
         return await super().embed(texts)
+
+
+class ThreadsModel(HashModel):
+    """Answers with the number of threads that torch takes in its process."""
+
+    async def embed(self, texts: list[str]) -> np.ndarray:
+        import torch
+
+        return np.full((len(texts), 2), torch.get_num_threads(), np.float32)

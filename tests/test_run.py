@@ -132,6 +132,32 @@ def test_two_actors_share_a_gpu(texts, tmp_path):
     assert len({device for _, device in lines}) == 1
 
 
+def test_a_pool_grows_to_its_maximum_while_there_is_work(texts, tmp_path):
+    """One actor at first, and a second one as the queue grows."""
+    seen = tmp_path / "seen"
+    args = {"env_file": str(seen), "delay_s": 2}
+    result = run(
+        texts,
+        tmp_path / "out",
+        shard_rows=15,
+        num_actors=2,
+        min_actors=1,
+        device="cpu",
+        cpus_per_actor=1,
+        model_args=args,
+    )
+    assert result.num_actors == 2
+    assert len({line.split()[0] for line in seen.read_text().splitlines()}) == 2
+
+
+def test_a_model_gets_the_threads_of_its_actor(texts, tmp_path):
+    """As many as the actor has cores, where Ray's workers have one."""
+    for cores in (1, 2):
+        out = tmp_path / f"out-{cores}"
+        run(texts, out, model="custom:tests.models.ThreadsModel", model_args={}, device="cpu", cpus_per_actor=cores)
+        assert set(table(out)["embedding"].combine_chunks().flatten().to_pylist()) == {cores}
+
+
 def test_tiny_files_travel_together_and_stay_apart(tmp_path):
     """Many files of a few rows: one part for each file all the same, and ids made of file and row."""
     for number in range(30):
@@ -252,15 +278,19 @@ def test_a_flipped_bit_is_found_set_aside_and_made_again(texts, tmp_path):
     assert table(tmp_path / "out").equals(before)
 
 
-def test_an_input_that_changes_during_the_run_ends_it(tmp_path):
+@pytest.mark.parametrize(
+    ("delete", "error", "message"),
+    [(False, SourceChanged, "changed while it was being read"), (True, SourceError, "cannot be read")],
+)
+def test_an_input_that_changes_or_goes_during_the_run_ends_it(tmp_path, delete, error, message):
     """What was committed is kept; rows of a half-changed file are never written."""
     for number in range(3):
         path = tmp_path / "in" / f"{number}.parquet"
         path.parent.mkdir(exist_ok=True)
         pq.write_table(pa.table({"id": range(2000), "text": [f"text {row}" for row in range(2000)]}), path)
-    args = {"change_file": str(path)}
+    args = {"change_file": str(path), "delete": delete}
     meddling = {"model": "custom:tests.models.MeddlingModel", "model_args": args, "num_actors": 1, "shard_rows": 50}
-    with pytest.raises(SourceChanged, match="changed while it was being read"):
+    with pytest.raises(error, match=message):
         run(tmp_path / "in", tmp_path / "out", **meddling)
     assert 0 < pads.dataset(tmp_path / "out/data").count_rows() < 6000
 

@@ -113,7 +113,8 @@ class BaseEmbeddingModel(ABC):
         Raises:
             ProviderError: If the model fails whatever the text. Nothing is rejected then.
         """
-        rows: list[Vectors | None] = [None] * len(texts)
+        vectors: Vectors | None = None
+        has_vector = np.zeros(len(texts), bool)
         rejects: dict[int, str] = {}
         trusted = False
         ranges = [(0, len(texts))] if texts else []
@@ -130,15 +131,20 @@ class BaseEmbeddingModel(ABC):
                 trusted = trusted or await self._passes_probe(error)
                 rejects[start] = reason_of(error)
                 continue
-            for offset, vector in enumerate(answer):
-                if _is_usable(vector):
-                    rows[start + offset] = vector
-                elif stop - start > 1:
-                    ranges.append((start + offset, start + offset + 1))  # once more, alone
+            if vectors is None:
+                vectors = np.empty((len(texts), answer.shape[1]), np.float32)
+            usable = _usable(answer)
+            vectors[start:stop] = answer  # a copy: the model may use its buffer again
+            has_vector[start:stop] = usable
+            for position in (start + np.flatnonzero(~usable)).tolist():
+                if stop - start > 1:
+                    ranges.append((position, position + 1))  # once more, alone
                 else:
                     trusted = trusted or await self._passes_probe(BadAnswer("vector is zero or not finite"))
-                    rejects[start] = "the model's vector is zero or not finite"
-        return Embeddings(await self._stacked(rows), rejects)
+                    rejects[position] = "the model's vector is zero or not finite"
+        if vectors is None:
+            vectors = np.empty((len(texts), await self.dimension() if texts else self._dimension or 0), np.float32)
+        return Embeddings(vectors if has_vector.all() else vectors[has_vector], rejects)
 
     async def dimension(self) -> int:
         """Return the dimension of the vectors, by embedding a probe if no text has been embedded yet."""
@@ -150,7 +156,7 @@ class BaseEmbeddingModel(ABC):
         """Return the model's answer as an array, or raise `BadAnswer` if it is not one vector of one length for each text."""
         answer = await self.embed(texts)
         try:
-            array = np.array(answer, dtype=np.float32, order="C")  # a copy: the model may use its buffer again
+            array = np.asarray(answer, dtype=np.float32)
         except (TypeError, ValueError):
             raise BadAnswer("vectors are ragged or not numbers") from None
         if array.ndim != 2 or len(array) != len(texts):
@@ -161,17 +167,11 @@ class BaseEmbeddingModel(ABC):
             raise BadAnswer(f"{array.shape[1]} dimensions instead of {self._dimension}")
         return array
 
-    async def _stacked(self, rows: list[Vectors | None]) -> Vectors:
-        kept = [row for row in rows if row is not None]
-        if not kept:
-            return np.empty((0, await self.dimension() if rows else self._dimension or 0), np.float32)
-        return np.stack(kept)
-
     async def _passes_probe(self, error: Exception) -> bool:
         """Return True if the model embeds the probe; raise if not, because then it fails whatever the text."""
         try:
             answer = await self._checked([PROBE])
-            if not _is_usable(answer[0]):
+            if not _usable(answer).all():
                 raise BadAnswer("vector is zero or not finite")  # noqa: TRY301 - judged with the model's own errors
         except Exception as again:
             self._raise_if_not_about_texts(again)
@@ -200,5 +200,6 @@ def _described(error: Exception) -> str:
     return type(error).__name__
 
 
-def _is_usable(vector: Vectors) -> bool:
-    return bool(np.isfinite(vector).all() and vector.any())
+def _usable(vectors: Vectors) -> npt.NDArray[np.bool_]:
+    """Say of each vector whether it is finite and not zero."""
+    return np.logical_and(np.isfinite(vectors).all(axis=1), vectors.any(axis=1))

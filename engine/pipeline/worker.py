@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,10 +91,10 @@ class EmbedWorker:
             kept = [position for number, position in enumerate(positions) if number not in failed]
             reasons |= {positions[number]: why for number, why in failed.items()}
             vectors = answer.vectors[first_vector : first_vector + len(kept)]
-            share = len(texts) / len(all_texts) if all_texts else 0.0
+            before, after = (at / max(len(all_texts), 1) for at in (first_text, stop))
             usage = Usage(
-                num_tokens=round(answer.num_tokens * share),
-                embed_s=round(seconds * share, 6),
+                num_tokens=round(answer.num_tokens * after) - round(answer.num_tokens * before),  # they add up exactly
+                embed_s=round(seconds * (after - before), 6),
                 device=getattr(self._model, "device", ""),
                 created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             )
@@ -155,10 +156,9 @@ def _rejects(rows: pa.Table, reasons: dict[int, str]) -> list[Reject]:
 
 def _set_threads(num_threads: int) -> None:
     """Give the model as many threads as the actor has cores: Ray starts its processes with one."""
-    os.environ["OMP_NUM_THREADS"] = str(num_threads)
-    import torch
-
-    torch.set_num_threads(num_threads)
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)  # what torch goes by when it is imported; not every model needs it
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(num_threads)
 
 
 def _show_logs(level: int) -> None:
