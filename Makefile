@@ -28,7 +28,7 @@ demo: $(INSTALLED) ## embed 7,168 real conversations, verify the output, show ne
 	@$(OFFLINE) $(BIN)/python jobs/demo.py $(if $(LIMIT),--limit $(LIMIT))
 
 test: $(INSTALLED) ## run all tests but the soak, those without Ray first
-	@$(OFFLINE) $(BIN)/python -m pytest -m 'not soak' $(ARGS)
+	@$(OFFLINE) $(BIN)/python -m pytest $(ARGS)
 
 check: $(INSTALLED) ## lint, format, types and the floors of the house; runs no tests
 	@$(BIN)/ruff check .

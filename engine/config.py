@@ -19,9 +19,15 @@ from engine.errors import ConfigError
 from engine.schema import EMBEDDING, SOURCE_ROW
 
 DEFAULT_MODEL = "sentence-transformers:all-MiniLM-L6-v2"
-_SECRET = re.compile(
-    r"api[-_]?key|secret|passw|credential|authorization|bearer|(^|[-_])(token|auth|key)$", re.IGNORECASE
+_SECRET_NAME = re.compile(
+    r"api[-_]?keys?|secret|passw|pwd|credential|authorization|bearer|cookie|dsn|connection[-_]string"
+    r"|(access|auth|hf|id|api|refresh)[-_]?tokens?|(^|[-_])(token|auth|key)$",
+    re.IGNORECASE,
 )
+_SECRET_VALUE = re.compile(
+    r"\b(sk-|hf_|ghp_|xox[a-z]-)[A-Za-z0-9_-]{8,}|AKIA[0-9A-Z]{16}|^Bearer |://[^/\s:@]+:[^/\s@]+@"
+)
+_CAMEL = re.compile(r"([a-z0-9])([A-Z])")
 _Config = TypeVar("_Config", bound=BaseModel)
 _VECTORS: dict[str, Any] = {"decides": "vectors"}
 
@@ -75,12 +81,14 @@ class ModelConfig(BaseModel):
     @field_validator("model_args")
     @classmethod
     def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for name in _names(value):
-            if _SECRET.search(name):
-                raise ValueError(
-                    f"{name!r} looks like a secret, and arguments are stored with the output; "
-                    "let the model read it from the environment of its worker"
-                )
+        advice = "and arguments are stored with the output; let the model read it from the environment of its worker"
+        for name, item in _leaves("", value):
+            if _SECRET_NAME.search(_CAMEL.sub(r"\1_\2", name)):
+                raise ValueError(f"{name!r} looks like a secret, {advice}")
+            if isinstance(item, str) and _SECRET_VALUE.search(item):
+                raise ValueError(f"the value of {name!r} looks like a secret, {advice}")
+            if not isinstance(item, (str, int, float, bool, type(None))):
+                raise ValueError(f"{name!r} is a {type(item).__name__}, which JSON does not have; quote it")  # noqa: TRY004 - pydantic's way
         return value
 
     @property
@@ -150,7 +158,11 @@ class JobConfig(ModelConfig):
 
     @model_validator(mode="after")
     def _distinct_columns(self) -> JobConfig:
-        made = (EMBEDDING, SOURCE_ROW, *(() if self.id_column else ("id",)))
+        if self.id_column == self.text_column:
+            raise ValueError(
+                "id_column is the text column, and ids are written into records: name another, or leave it out"
+            )
+        made = (EMBEDDING, SOURCE_ROW, "_manifest", *(() if self.id_column else ("id",)))
         columns = (*((self.id_column,) if self.id_column else ()), *self.keep)
         for column in columns:
             if column in made:
@@ -175,14 +187,17 @@ class JobConfig(ModelConfig):
         return _deciding(JobConfig, self)
 
 
-def _names(value: Any) -> Iterator[str]:
-    """Yield all keys in nested arguments."""
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield each name in nested arguments with its value, containers' as None."""
     if isinstance(value, dict):
-        yield from map(str, value)
-        value = list(value.values())
-    if isinstance(value, list):
+        for key, item in value.items():
+            yield str(key), None
+            yield from _leaves(str(key), item)
+    elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _names(item)
+            yield from _leaves(name, item)
+    else:
+        yield name, value
 
 
 def load_config(path: str | None = None, /, **given: Any) -> JobConfig:

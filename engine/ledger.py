@@ -19,7 +19,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
@@ -27,8 +27,8 @@ import pyarrow as pa
 from engine.errors import CommitConflict, CorruptOutput, EngineError, FingerprintMismatch, Refused
 from engine.part import Part, check, decode, encode
 from engine.schema import (
-    EMBEDDING,
     CommitRecord,
+    Job,
     Receipt,
     Reject,
     Shard,
@@ -64,30 +64,12 @@ def rejects_name(shard_id: str) -> str:
     return f"{REJECTS}/{shard_id}.jsonl"
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What an output is of: written once, by the first run, and what every later run must match."""
-
-    fingerprint: str
-    decided_by: dict[str, Any]
-    """All that the fingerprint was made from."""
-    shard_rows: int
-    base: str
-    """The folder that the paths of the inputs are relative to."""
-    kept_types: dict[str, str]
-    config: dict[str, Any]
-    """The first run's config, which `status` and `verify` go by. Later runs may change what only decides the speed."""
-    created_at: str
-    engine_version: str
-    format_version: int
-
-
 class Ledger:
     """The records of one output. It pickles, as a location: tasks open it where they run."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self._dimension: int | None = None
+        self._vectors: dict[str, Any] | None = None
 
     @property
     def root(self) -> str:
@@ -225,7 +207,7 @@ class Ledger:
         check(table, shard=shard, rejects=rejects, name=name)
         data = encode(table, shard=shard, fingerprint=fingerprint, rejects=rejects, usage=usage)
         checked = decode(data, name)
-        self._fix_dimension(table.schema.field(EMBEDDING).type.list_size)
+        self._fix_vectors(checked.record)
         is_ours = self.storage.create(name, data)
         try:
             if is_ours and self.storage.read(name) == data:
@@ -258,26 +240,33 @@ class Ledger:
             shard.stop,
         ):
             raise CorruptOutput(f"the part {part_name(shard.id)} is of another shard or job")
-        self._fix_dimension(record.dimension)
+        self._fix_vectors(record)
         self.storage.persist(part_name(shard.id))  # before the record that vouches for it
         return self._record(stored, outcome)
+
+    def forget(self, shard_id: str) -> None:
+        """Move the record of a shard whose part is gone out of the way; do nothing if the part is there after all."""
+        try:
+            self.storage.open(part_name(shard_id)).close()
+        except FileNotFoundError:
+            self._move_aside((record_name(shard_id), rejects_name(shard_id)))
 
     def set_aside(self, shard_id: str) -> list[str]:
         """
         Move a shard's files out of the way, so that the next run makes it again. Nothing is deleted.
 
-        The record goes first: a shard without a record is pending, whatever else of it is left.
+        The record goes first: a shard without a record is pending, whatever else of it is left. The part goes last: as long as it
+        is there, its rejects can be made from it.
 
         Returns:
             The names under which the files lie now.
         """
-        stamp = f"{time.time_ns()}"
-        moved = []
-        for name in (record_name(shard_id), part_name(shard_id), rejects_name(shard_id)):
-            to = f"{SET_ASIDE}/{stamp}-{name.rsplit('/', 1)[1]}.bad"
-            if self.storage.rename(name, to):
-                moved.append(to)
-        return moved
+        return self._move_aside((record_name(shard_id), rejects_name(shard_id), part_name(shard_id)))
+
+    def _move_aside(self, names: Sequence[str]) -> list[str]:
+        stamp = time.time_ns()
+        moves = [(name, f"{SET_ASIDE}/{stamp}-{name.rsplit('/', 1)[1]}.bad") for name in names]
+        return [to for name, to in moves if self.storage.rename(name, to)]
 
     def _record(self, stored: Part, outcome: str) -> Receipt:
         """Create the rejects and the record of a part that is stored."""
@@ -287,20 +276,21 @@ class Ledger:
         self._create_same(record_name(shard_id), stored.record.to_bytes(), shard_id)
         return Receipt.of(stored.record, outcome)
 
-    def _fix_dimension(self, dimension: int) -> None:
-        """Let the first commit decide the dimension of all."""
-        if self._dimension is None:
-            self.storage.create(VECTORS, (canonical_json({"dimension": dimension, "dtype": "float32"}) + "\n").encode())
+    def _fix_vectors(self, record: CommitRecord) -> None:
+        """Let the first commit decide the dimension of all, and the slug of a custom model."""
+        asked = {"dimension": record.dimension, "dtype": "float32", "slug": record.usage.slug}
+        if self._vectors is None:
+            self.storage.create(VECTORS, (canonical_json(asked) + "\n").encode())
             try:
-                self._dimension = int(json.loads(self.storage.read(VECTORS))["dimension"])
-            except (ValueError, KeyError, TypeError):
-                raise CorruptOutput(
-                    f"{self.root}/{VECTORS} cannot be read: delete it, and the next commit makes it again"
-                ) from None
-        if self._dimension != dimension:
-            raise CorruptOutput(
-                f"vectors of {dimension} dimensions cannot go into {self.root}, whose vectors have {self._dimension}: "
-                "the model answers otherwise than it did; use another output folder"
+                self._vectors = dict(json.loads(self.storage.read(VECTORS)))
+            except (ValueError, TypeError):
+                self._vectors = {}
+            if not self._vectors:
+                raise Refused(f"{self.root}/{VECTORS} cannot be read: delete it, and the next commit makes it again")
+        if self._vectors != asked:
+            lines = "\n  ".join(differences(self._vectors, asked))
+            raise FingerprintMismatch(
+                f"the model answers otherwise than when {self.root} was begun:\n  {lines}\nUse another output folder"
             )
 
     def _create_same(self, name: str, data: bytes, shard_id: str) -> None:

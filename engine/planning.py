@@ -20,6 +20,8 @@ MAX_SHARD_ROWS = 16_384
 MAX_SHARDS = 100_000
 """More than this and driver and listings are felt: larger jobs get larger shards, up to a size that memory bears."""
 MAX_SHARD_TEXT_BYTES = 256 * 1024**2
+LARGEST_SHARD_ROWS = 65_536
+"""Even of short texts: vectors are not short, and a part is made in memory, where several of them are at work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ def choose_shard_rows(shapes: Sequence[FileShape]) -> int:
     by_text = min(max(int(shard_bytes / row_bytes), MIN_SHARD_ROWS), MAX_SHARD_ROWS)
     by_count = -(-num_rows // MAX_SHARDS)
     by_memory = max(MIN_SHARD_ROWS, int(MAX_SHARD_TEXT_BYTES / row_bytes))
-    return min(max(by_text, by_count), by_memory)
+    return min(max(by_text, by_count), by_memory, LARGEST_SHARD_ROWS)
 
 
 def make_plan(shapes: Sequence[FileShape], *, shard_rows: int, fingerprint: str, committed: AbstractSet[str]) -> Plan:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 WINDOW = 32
 """Shards over which a rate is taken: as many as smooth it, few enough to follow a pool that grows."""
+SAME_MOMENT_S = 0.5
 FIRST_MINUTE_S = 60.0
 LINE_EVERY_S = (10.0, 60.0)
 """Between two plain lines: in the first minute, and later. A day's log has some 1,500 of them."""
@@ -45,7 +46,10 @@ class Meter:
         """Count a shard."""
         self.rows += event.num_rows + event.num_rejects
         self.tokens += event.num_tokens
-        self._marks.append((time.monotonic(), self.rows, self.tokens))
+        now = time.monotonic()
+        if len(self._marks) > 1 and now - self._marks[-1][0] < SAME_MOMENT_S:
+            self._marks.pop()  # shards that travel together arrive together
+        self._marks.append((now, self.rows, self.tokens))
         if len(self._marks) == 3 and self._marks[0][1] == 0:
             self._marks.popleft()  # the first shard carries the cold start
 

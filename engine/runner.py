@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
-from engine.errors import CorruptOutput, EngineError
+from engine.errors import CorruptOutput, EngineError, SourceError
 from engine.planning import parcels
-from engine.results import PlanResult, PoolStarted, RunPlanned, RunResult, ShardDone, StatusResult
+from engine.results import Finding, PlanResult, PoolStarted, RunPlanned, RunResult, ShardDone, StatusResult
 from engine.survey import resurvey, survey
 from engine.tally import Tally
 
@@ -62,7 +62,7 @@ def run(config: JobConfig, on_event: OnEvent | None = None) -> RunResult:
         on_event: Called as the work is planned, as the actors start, and after each shard.
 
     Raises:
-        ConfigError: Before anything is written.
+        ConfigError: The config, an input or the cluster does not fit; nothing but job.json is written then.
         Refused: The output is another job's, or an input is no longer what was committed; nothing was touched.
         ProviderError: The model fails whatever the text.
     """
@@ -72,7 +72,7 @@ def run(config: JobConfig, on_event: OnEvent | None = None) -> RunResult:
         asked = survey(config)  # another driver was first, and its cuts hold
     asked.ledger.storage.collect_staging()
     for shard_id in asked.standing.missing:
-        asked.ledger.set_aside(shard_id)
+        asked.ledger.forget(shard_id)
     tally.done_before_rows = asked.standing.plan.done_rows
     if _adopt(asked, tally):
         asked = survey(config)
@@ -112,7 +112,7 @@ def status(output: str) -> StatusResult:
         embed_s=round(embed_s, 3),
         pending_shards=len(standing.plan.pending) if standing else None,
         pending_rows=standing.plan.pending_rows if standing else None,
-        warnings=list(standing.warnings) if standing else [problem],
+        warnings=list(standing.warnings) if standing else [_untold(problem)],
     )
 
 
@@ -137,9 +137,15 @@ def verify(
 
     ledger, job, standing, problem = resurvey(output)
     result = verification.verify(ledger, job, standing, level=level, set_aside=set_aside, sample_rows=sample_rows)
-    if problem:
-        result.warnings.append(problem)
+    if isinstance(problem, SourceError):  # out of reach from here, perhaps: what is stored may be right all the same
+        result.warnings.append(_untold(problem))
+    elif problem is not None:
+        result.findings.append(Finding("", problem.message, "until then the output cannot be told to be whole"))
     return result
+
+
+def _untold(problem: EngineError | None) -> str:
+    return f"what is left to do cannot be told: {problem.message if problem else ''}"
 
 
 def _adopt(asked: Survey, tally: Tally) -> int:
@@ -161,7 +167,7 @@ def _stream(asked: Survey, tally: Tally, on_event: OnEvent) -> None:
     todo = asked.standing.plan
     groups = list(parcels(todo.pending, todo.shard_rows))
     on_event(RunPlanned(todo.pending_rows, len(todo.pending), todo.num_rows, asked.ledger.root))
-    with _interruptible(tally), cluster.connected(asked.config.address):
+    with _interruptible(tally), cluster.connected(asked.config.address), _sigterm_interrupts():
         chosen = resources.decide(asked.config, cluster.capacity(), len(groups))
         tally.num_actors = chosen.max_actors
         logger.info("embedding started: %d texts in %d shards", todo.pending_rows, len(todo.pending))
@@ -170,10 +176,13 @@ def _stream(asked: Survey, tally: Tally, on_event: OnEvent) -> None:
             for receipt in receipts:
                 tally.add_streamed(receipt)
                 on_event(ShardDone(receipt.num_rows, receipt.num_rejects, receipt.num_tokens, receipt.num_bytes))
-        if tally.num_streamed != len(todo.pending):
+        left = {
+            shard.id for shard in todo.pending
+        } - asked.ledger.committed()  # the ledger decides, not what Ray brought
+        if left:
             raise EngineError(
-                f"Ray finished, and {len(todo.pending) - tally.num_streamed} of {len(todo.pending)} shards were not "
-                "committed: what was committed is kept; run the same command again"
+                f"Ray finished, and {len(left)} of {len(todo.pending)} shards are not committed: what was committed is "
+                "kept; run the same command again"
             )
 
 
@@ -197,16 +206,20 @@ def _pipeline(asked: Survey, chosen: Resources, groups: Sequence[tuple[Shard, ..
 @contextmanager
 def _interruptible(tally: Tally) -> Iterator[None]:
     """End a run on Ctrl-C, a notebook's stop button or SIGTERM as on its last receipt: what is committed is committed."""
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _raise_interrupt) if in_main else None
     try:
         yield
     except KeyboardInterrupt:
         tally.interrupted = True
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Take SIGTERM, which ends jobs on clusters, for Ctrl-C. To be entered after Ray, which has a handler of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
     finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
-
-
-def _raise_interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)

@@ -23,6 +23,9 @@ FORMAT_VERSION = 1
 
 EMBEDDING = "embedding"
 SOURCE_ROW = "_source_row"
+MAX_REASONS = 20
+"""That a record tells apart."""
+OTHER_REASONS = "other reasons"
 PART_METADATA = b"embedding_engine"
 """Key of a part's own metadata: all that its commit record says, so that the record can be made again from the part alone."""
 
@@ -90,7 +93,27 @@ class Usage:
     num_tokens: int = 0
     embed_s: float = 0.0
     device: str = ""
+    slug: str = ""
+    """Of a custom model, whose class and arguments may not tell all that decides its vectors."""
     created_at: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What an output is of: written once, by the first run, and what every later run must match."""
+
+    fingerprint: str
+    decided_by: dict[str, Any]
+    """All that the fingerprint was made from."""
+    shard_rows: int
+    base: str
+    """The folder that the paths of the inputs are relative to."""
+    kept_types: dict[str, str]
+    config: dict[str, Any]
+    """The first run's config, which `status` and `verify` go by. Later runs may change what only decides the speed."""
+    created_at: str
+    engine_version: str
+    format_version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +195,10 @@ class Receipt:
 
 
 def count_reasons(rejects: Iterable[Reject]) -> dict[str, int]:
-    """Count rejects by reason, the most frequent first."""
-    return dict(Counter(reject.reason for reject in rejects).most_common())
+    """Count rejects by reason, the most frequent first; rare ones are added up, since providers may word each anew."""
+    counts = Counter(reject.reason for reject in rejects).most_common()
+    rare = sum(count for _, count in counts[MAX_REASONS:])
+    return dict(counts[:MAX_REASONS]) | ({OTHER_REASONS: rare} if rare else {})
 
 
 def fingerprint_of(parts: Mapping[str, Any]) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from engine.config import JobConfig, validated
-from engine.errors import ConfigError, CorruptOutput, Refused, SourceChanged, SourceError
-from engine.ledger import Job, Ledger
+from engine.errors import ConfigError, CorruptOutput, EngineError, Refused, SourceChanged, SourceError
+from engine.ledger import Ledger
 from engine.models import registry
 from engine.planning import Plan, choose_shard_rows, make_plan
-from engine.schema import FORMAT_VERSION, fingerprint_of
+from engine.schema import FORMAT_VERSION, Job, fingerprint_of
 from engine.sources.inventory import Inventory, absolute, list_inputs
 from engine.sources.parquet import FileShape, read_shapes
 from engine.storage import open_storage
@@ -57,7 +58,8 @@ def survey(config: JobConfig) -> Survey:
     """
     ledger = Ledger(open_storage(config.output))
     inventory = list_inputs(config.source, outside=config.output)
-    pinned = config.model_copy(update={"revision": registry.pinned(config).revision})
+    found = registry.pinned(config)
+    pinned = config.model_copy(update={"model": found.model, "revision": found.revision})
     identity = registry.identity(pinned)
     shapes = read_shapes(inventory.files, text_column=config.text_column, kept=config.kept_columns)
     asked = _job(pinned, identity, inventory, shapes)
@@ -70,7 +72,7 @@ def survey(config: JobConfig) -> Survey:
     return Survey(standing, pinned, identity, ledger, job)
 
 
-def resurvey(output: str) -> tuple[Ledger, Job, Standing | None, str]:
+def resurvey(output: str) -> tuple[Ledger, Job, Standing | None, EngineError | None]:
     """
     Open an output, and compare it with the source that it was begun with. The model is not looked for.
 
@@ -89,9 +91,9 @@ def resurvey(output: str) -> tuple[Ledger, Job, Standing | None, str]:
     try:
         inventory = list_inputs(config.source)
         shapes = read_shapes(inventory.files, text_column=config.text_column, kept=config.kept_columns)
-        return ledger, job, _compare(ledger, job, inventory, shapes), ""
+        return ledger, job, _compare(ledger, job, inventory, shapes), None
     except (SourceError, Refused, CorruptOutput) as error:
-        return ledger, job, None, f"what is left to do cannot be told: {error.message}"
+        return ledger, job, None, error
 
 
 def stored_config(job: Job, output: str) -> JobConfig:
@@ -162,25 +164,49 @@ def _unknown_warnings(ledger: Ledger, todo: Plan, inventory: Inventory, job: Job
     """
     Look at committed shards that the inventory does not have.
 
-    Their rows stay in the output. If their file is there with other content, or the source is named from another folder, going
-    on could embed rows a second time under another id, so that is refused.
+    Their rows stay in the output. Where going on could embed rows a second time under another id, it is refused: their file has
+    other content now, or another name, or the source is named from another folder.
     """
+    if inventory.base != job.base and len(todo.pending) == todo.num_shards:
+        raise Refused(
+            f"{ledger.root} was begun for sources below {job.base}, and none of the shards below {inventory.base} is in it: "
+            "name the source as the first run did, or use another output folder"
+        )
     if not todo.unknown:
         return []
     listed = {file.path: file for file in inventory.files}
-    gone: set[str] = set()
+    same_file = {(file.size, file.mtime_ns): file for file in inventory.files}
+    absent: set[str] = set()
     for record in ledger.records(sorted(todo.unknown)):
-        file = listed.get(record.path)
-        if file is not None:
+        if (file := listed.get(record.path)) is not None:
             raise SourceChanged(
-                f"{file.location} changed since rows of it were committed (then {record.size} bytes, now {file.size}; or "
-                "another time of change): restore it as it was, or embed the new content into another output folder. "
-                "What was committed is kept"
+                f"{file.location} changed since rows of it were committed (then {record.size} bytes of "
+                f"{_time_of(record.mtime_ns)}, now {file.size} of {_time_of(file.mtime_ns)}): restore it as it was, "
+                "or embed the new content into another output folder. What was committed is kept"
             )
-        gone.add(record.path)
+        if (file := same_file.get((record.size, record.mtime_ns))) is not None:
+            raise SourceChanged(
+                f"{file.location} looks like {record.path} under another name, and rows of that are committed: name it as it was, "
+                "or use another output folder"
+            )
+        absent.add(record.path)
     if inventory.base != job.base:
         raise Refused(
-            f"{ledger.root} was made from {job.base}, and {len(gone)} of its inputs are not below {inventory.base} "
-            f"({min(gone)}): name the source as the first run did, or use another output folder"
+            f"{ledger.root} was made from {job.base}, and {len(absent)} of its inputs are not below {inventory.base} "
+            f"({min(absent)}): name the source as the first run did, or use another output folder"
         )
-    return [f"{len(gone)} inputs are gone whose rows are in the output, and stay there: {min(gone)}"]
+    gone = {path for path in absent if not Path(job.base, path).exists()}
+    warnings = []
+    if gone:
+        warnings.append(f"{len(gone)} inputs are gone whose rows are in the output, and stay there: {min(gone)}")
+    if absent - gone:
+        warnings.append(
+            f"{len(absent - gone)} inputs are not in the source any more whose rows are in the output, and stay there: "
+            f"{min(absent - gone)}"
+        )
+    return warnings
+
+
+def _time_of(mtime_ns: int) -> str:
+    """Return a file's time of change as `touch -d` takes it."""
+    return f"@{mtime_ns // 10**9}.{mtime_ns % 10**9:09}"

@@ -9,10 +9,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from engine.results import RunResult
+from engine.schema import OTHER_REASONS
 
 if TYPE_CHECKING:
     from engine.schema import Receipt
     from engine.survey import Survey
+
+
+SAME_PARCEL_S = 0.05
+"""Receipts this close came in one parcel."""
+MAX_REASONS = 100
 
 
 @dataclass(slots=True)
@@ -27,8 +33,6 @@ class Tally:
     num_rejects: int = 0
     num_tokens: int = 0
     num_shards: int = 0
-    num_streamed: int = 0
-    """Of those, the ones that came through Ray in this run; the others were adopted."""
     reasons: Counter[str] = field(default_factory=Counter)
     devices: set[str] = field(default_factory=set)
     done_before_rows: int = 0
@@ -41,16 +45,19 @@ class Tally:
         self.num_rejects += receipt.num_rejects
         self.num_tokens += receipt.num_tokens
         self.num_shards += 1
-        self.reasons.update(json.loads(receipt.reasons))
+        for reason, count in json.loads(receipt.reasons).items():
+            is_known = reason in self.reasons or len(self.reasons) < MAX_REASONS
+            self.reasons[reason if is_known else OTHER_REASONS] += count
         self.devices.add(receipt.device)
 
     def add_streamed(self, receipt: Receipt) -> None:
         """Count one shard that Ray brought, and the time."""
         self.add(receipt)
-        self.num_streamed += 1
         self.last = time.perf_counter()
         if self.first is None:
-            self.first, self.first_rows = self.last, self.num_rows
+            self.first = self.last
+        if self.last - self.first < SAME_PARCEL_S:
+            self.first_rows = self.num_rows
 
     @property
     def rows_per_s(self) -> float:

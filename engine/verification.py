@@ -34,17 +34,19 @@ from engine.sources.texts import split, values_of
 from engine.survey import stored_config
 
 if TYPE_CHECKING:
-    from engine.ledger import Job, Ledger
+    from engine.ledger import Ledger
     from engine.models.base import Vectors
+    from engine.schema import Job
     from engine.survey import Standing
 
 Level = Literal["quick", "footers", "full", "sample"]
 
 THREADS = 4
+LOOKS_AT_ONCE = 256
 SAMPLED_SHARDS = 8
 LOWEST_COSINE = {"float32": 0.9999, "bfloat16": 0.999, "float16": 0.999}
 """Between a stored vector and the same text embedded again, perhaps on another device and among other neighbours."""
-AGAIN = "`engine verify OUT --set-aside` moves it away, and the next run makes its shard again"
+AGAIN = "`engine verify {root} --level {level} --set-aside` moves it away, and the next run makes its shard again"
 RESTORE = "its input is gone, so it cannot be made again: restore the part from a copy"
 
 
@@ -78,7 +80,7 @@ def verify(
         set_aside: Move what is bad out of the way, if the next run can make it again.
         sample_rows: How many rows level `sample` embeds again.
     """
-    check = _Check(ledger, job, standing)
+    check = _Check(ledger, job, standing, level)
     check.records(level)
     check.leftovers(level)
     lowest = check.sample(sample_rows) if level == "sample" else None
@@ -100,10 +102,11 @@ def verify(
 class _Check:
     """One verification: what was looked at, and what was found."""
 
-    def __init__(self, ledger: Ledger, job: Job, standing: Standing | None) -> None:
+    def __init__(self, ledger: Ledger, job: Job, standing: Standing | None, level: Level) -> None:
         self.findings: list[Finding] = []
         self.warnings: list[str] = list(standing.warnings) if standing else []
         self.num_shards = self.num_rows = self.num_rejects = 0
+        self._again = AGAIN.format(root=ledger.root, level=level)
         self._ledger = ledger
         self._job = job
         self._standing = standing
@@ -114,17 +117,14 @@ class _Check:
     def records(self, level: Level) -> None:
         """Look at every committed shard: its record, its part, its rejects; and that no row is in two shards."""
         spans: list[_Span] = []
-        with ThreadPoolExecutor(THREADS) as pool:
-            for shard_id, (record, problem) in zip(
-                self._committed, pool.map(lambda shard_id: self._look(shard_id, level), self._committed), strict=True
-            ):
-                if problem:
-                    self._find(shard_id, problem)
-                if record is not None:
-                    self.num_shards += 1
-                    self.num_rows += record.num_rows
-                    self.num_rejects += record.num_rejects
-                    spans.append(_Span(record.path, record.start, record.stop, shard_id))
+        for shard_id, record, problem in self._looks(level):
+            if problem:
+                self._find(shard_id, problem)
+            if record is not None:
+                self.num_shards += 1
+                self.num_rows += record.num_rows
+                self.num_rejects += record.num_rejects
+                spans.append(_Span(record.path, record.start, record.stop, shard_id))
         spans.sort(key=lambda span: (span.path, span.start, span.stop))
         for one, other in pairwise(spans):
             if one.path == other.path and other.start < one.stop:
@@ -168,7 +168,7 @@ class _Check:
         """Embed rows again, spread over a few shards; return the lowest cosine to what is stored."""
         bad = {finding.shard_id for finding in self.findings}
         good = [shard_id for shard_id in self._committed if shard_id not in bad and self._can_be_made_again(shard_id)]
-        chance = random.Random(self._job.fingerprint)  # noqa: S311 - a sample, not a secret
+        chance = random.Random()  # noqa: S311 - a sample, not a secret
         chosen = chance.sample(good, min(SAMPLED_SHARDS, len(good)))
         if not chosen:
             self.warnings.append("no row could be embedded again: no shard is whole and has its input")
@@ -177,7 +177,7 @@ class _Check:
         each = -(-num_rows // len(chosen))
         lowest = 1.0
         with asyncio.Runner() as loop:
-            model = registry.build(config.of_model())
+            model = registry.build(config.of_model().model_copy(update={"device": "auto"}))
             for shard_id in chosen:
                 stored = self._ledger.part(shard_id)
                 picked = sorted(chance.sample(range(stored.table.num_rows), min(each, stored.table.num_rows)))
@@ -191,14 +191,19 @@ class _Check:
             loop.run(model.close())
         return lowest
 
-    def _look(self, shard_id: str, level: Level) -> tuple[CommitRecord | None, str | None]:
-        """Return a shard's record, if it can be read, and what is wrong with the shard, if anything is."""
-        try:
-            record = self._ledger.record(shard_id)
-        except CorruptOutput as error:
-            return None, error.message
-        problems = self._problems(record, shard_id, level)
-        return record, next(problems, None)
+    def _looks(self, level: Level) -> Iterator[tuple[str, CommitRecord | None, str | None]]:
+        """Yield every committed shard, its record, if it can be read, and what is wrong with it, if anything is."""
+
+        def look(shard_id: str) -> tuple[str, CommitRecord | None, str | None]:
+            try:
+                record = self._ledger.record(shard_id)
+            except CorruptOutput as error:
+                return shard_id, None, error.message
+            return shard_id, record, next(self._problems(record, shard_id, level), None)
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            for start in range(0, len(self._committed), LOOKS_AT_ONCE):
+                yield from pool.map(look, self._committed[start : start + LOOKS_AT_ONCE])
 
     def _problems(self, record: CommitRecord, shard_id: str, level: Level) -> Iterator[str]:
         name = part_name(shard_id)
@@ -209,8 +214,8 @@ class _Check:
             return
         if self._parts[shard_id] != record.num_bytes:
             yield f"the part {name} has {self._parts[shard_id]} bytes instead of {record.num_bytes}"
-        if record.num_rejects and shard_id not in self._rejects:
-            yield f"{rejects_name(shard_id)} is missing, with the reasons for {record.num_rejects} rows"
+        if bool(record.num_rejects) != (shard_id in self._rejects):
+            yield f"{rejects_name(shard_id)} does not fit {record.num_rejects} rejects: it is missing, or should not be there"
         if level == "footers":
             yield from self._footer_problems(record, name)
         if level == "full":
@@ -241,7 +246,7 @@ class _Check:
             yield f"{rejects_name(shard_id)} is not what its part says"
 
     def _find(self, shard_id: str, problem: str) -> None:
-        self.findings.append(Finding(shard_id, problem, AGAIN if self._can_be_made_again(shard_id) else RESTORE))
+        self.findings.append(Finding(shard_id, problem, self._again if self._can_be_made_again(shard_id) else RESTORE))
 
     def _can_be_made_again(self, shard_id: str) -> bool:
         return self._standing is not None and shard_id not in self._standing.plan.unknown | self._standing.lost

@@ -20,12 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine.config import load_config
-from engine.ledger import Job, Ledger
+from engine.ledger import Ledger
 from engine.schema import (
     EMBEDDING,
     FORMAT_VERSION,
     SOURCE_ROW,
     InputFile,
+    Job,
     Receipt,
     Reject,
     Shard,

@@ -3,7 +3,7 @@ The soak: runs of one command that are killed at random, over and over, until th
 
     make soak KILLS=1000
 
-Each round is a new job. Its driver, its embedding actors and its publish tasks are killed at random instants, its driver is
+Each round is a new job. Its driver, its embedding actors and its publishers are killed at random instants, its driver is
 run again whenever it died, and in the end every row must be in the output exactly once, or in the rejects.
 """
 

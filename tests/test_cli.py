@@ -134,12 +134,13 @@ def test_a_model_that_cannot_be_built_on_its_actor_is_one_message(job, capfd):
 
 
 @pytest.mark.ray
-def test_ctrl_c_stops_cleanly_and_the_same_command_resumes(tmp_path):
-    """SIGINT, as a terminal sends it: exit code 130, what is committed is kept, and how to go on is said."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_stops_cleanly_and_the_same_command_resumes(tmp_path, number):
+    """Ctrl-C, and SIGTERM as clusters send it: exit code 130, what is committed is kept, and how to go on is said."""
     job = Job(tmp_path, None, delay_s=0.15)
     process = job.start()
     job.wait_for_commits(4, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"the same command goes on where this one stopped" in stderr

@@ -50,7 +50,7 @@ def test_drivers_killed_at_any_time_lose_and_repeat_nothing(job, seed):
 
 @pytest.mark.parametrize(("title", "kills"), [(ACTOR, 4), (PUBLISHER, 6)])
 def test_workers_killed_in_the_middle_are_replaced_and_the_run_goes_on(address, tmp_path, title, kills):
-    """SIGKILL of embedding actors and of publish tasks, several times in one run, which ends well all the same."""
+    """SIGKILL of embedding actors and of publishers, several times in one run, which ends well all the same."""
     job = Job(tmp_path, address, delay_s=0.3)
     chance = random.Random(title)
     process = job.start()

@@ -158,7 +158,7 @@ def test_the_first_commit_decides_the_dimension_of_all(out):
     """Vectors of another dimension are refused, and the message says which is which."""
     publish(out)
     before = files(out)
-    with pytest.raises(CorruptOutput, match=r"vectors of 8 dimensions cannot go into .*, whose vectors have 4"):
+    with pytest.raises(FingerprintMismatch, match="dimension: 4 in the output, 8 asked for"):
         publish(out, make_shard(path="b.parquet"), dimension=8)
     assert files(out) == before
 
@@ -428,7 +428,7 @@ def test_a_damaged_dimension_is_a_message(tmp_path, data):
     """It says which file, and what to do with it."""
     publish(tmp_path)
     (tmp_path / VECTORS).write_bytes(data)
-    with pytest.raises(CorruptOutput, match=r"vectors\.json"):
+    with pytest.raises(Refused, match=r"vectors\.json"):
         publish(tmp_path)
 
 
@@ -456,3 +456,23 @@ def test_a_folder_that_may_not_be_looked_into_is_a_message(tmp_path):
     with tempfile.TemporaryDirectory() as folder:  # 0700, and of root
         said = Started(look_as_nobody, f"{folder}/out", str(tmp_path)).result()
     assert ["permission denied" in message for message in said] == [True] * 4
+
+
+def test_a_custom_model_with_another_slug_is_refused(tmp_path):
+    """Its class and arguments are the same, and it says itself that it is another."""
+    publish(tmp_path, usage=Usage(slug="mine-1", created_at="now"))
+    with pytest.raises(FingerprintMismatch, match='slug: "mine-1" in the output, "mine-2" asked for'):
+        publish(tmp_path, make_shard(path="b.parquet"), usage=Usage(slug="mine-2", created_at="now"))
+
+
+def test_a_part_that_is_there_after_all_is_not_forgotten(tmp_path):
+    """Another driver has made it again since it was missed: its record and its rejects stay."""
+    publish(tmp_path)
+    before = files(tmp_path)
+    ledger, shard_id = Ledger(LocalStorage(str(tmp_path))), make_shard().id
+    ledger.forget(shard_id)
+    assert files(tmp_path) == before
+    (tmp_path / part_name(shard_id)).unlink()
+    ledger.forget(shard_id)
+    assert not (tmp_path / record_name(shard_id)).exists()
+    assert not (tmp_path / rejects_name(shard_id)).exists()

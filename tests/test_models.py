@@ -92,12 +92,12 @@ def test_a_text_that_makes_the_model_fail_is_rejected_alone(bad):
 
 
 def test_one_bad_text_among_many_costs_few_calls():
-    """Halving takes a logarithm of calls, and the probe one."""
+    """Halving takes a logarithm of calls, and the one text a second try, each after a probe."""
     texts = [f"text {number}" for number in range(1024)]
     model = ScriptedModel(raising(RuntimeError(), "text 700"))
     check_neighbours(rows(model, texts), texts, 700)
-    assert len(model.calls) <= 2 * 10 + 2
-    assert model.calls.count([PROBE]) == 1
+    assert len(model.calls) <= 2 * 10 + 4
+    assert model.calls.count([PROBE]) == 2
 
 
 def test_a_good_model_sees_all_texts_in_one_call():
@@ -514,3 +514,23 @@ def test_a_max_length_that_the_model_cannot_have_is_a_message(max_length):
     """Two special tokens and no text, or more than the 512 positions of MiniLM."""
     with pytest.raises(ConfigError, match="takes 3 to 512 tokens"):
         minilm(max_length=max_length)
+
+
+@pytest.mark.parametrize("error", [ConnectionError(), RuntimeError()])
+def test_what_passes_by_rejects_nothing(error):
+    """A failure that is gone at the second try is not the text's."""
+    left = [error] * 4
+
+    def twist(texts, vectors):
+        if left and PROBE not in texts:
+            raise left.pop()
+        return vectors
+
+    check_neighbours(rows(ScriptedModel(twist), TEXTS), TEXTS)
+
+
+def test_a_network_that_fails_on_and_on_ends_the_job_and_rejects_nothing():
+    """No text brings that about: the job ends, and the same command goes on later."""
+    model = ScriptedModel(raising(ConnectionError(), "text 3"))
+    with pytest.raises(ProviderError, match="fails with ConnectionError again and again"):
+        rows(model, TEXTS)

@@ -10,7 +10,7 @@ from engine.pipeline.resources import LIGHT_CPUS, decide
 
 
 def chosen(cluster: dict[str, float], num_parcels: int = 1000, **options):
-    return decide(load_config(source="in", output="out", **options), cluster, num_parcels)
+    return decide(load_config(source="in", output="out", **options), [cluster], num_parcels)
 
 
 def test_one_actor_for_each_gpu():
@@ -61,7 +61,16 @@ def test_a_pool_may_grow_past_the_cluster_of_now():
 
 def test_a_cluster_that_cannot_hold_an_actor_is_refused():
     """A message instead of a wait without end."""
-    with pytest.raises(ConfigError, match="an actor needs 1 GPU, and the cluster has 0 GPUs"):
+    with pytest.raises(ConfigError, match="largest node has 0 GPUs"):
         chosen({"CPU": 8}, gpus_per_actor=1)
     with pytest.raises(ConfigError, match="an actor needs 16 CPUs"):
         chosen({"CPU": 8}, cpus_per_actor=16)
+
+
+def test_an_actor_must_fit_on_one_node():
+    """Two GPUs on two nodes are not two GPUs for one actor, and half-filled nodes add up to nothing."""
+    config = load_config(source="in", output="out", gpus_per_actor=2)
+    with pytest.raises(ConfigError, match="an actor needs 2 GPU, and the cluster's largest node has 1 GPUs"):
+        decide(config, [{"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 1}], 1000)
+    assert decide(config, [{"CPU": 8, "GPU": 3}, {"CPU": 8, "GPU": 2}], 1000).max_actors == 2
+    assert decide(load_config(source="in", output="out"), [{"CPU": 0}, {"CPU": 6}, {"CPU": 6}], 1000).max_actors == 2

@@ -459,3 +459,11 @@ def test_an_output_inside_the_source_is_refused_at_the_first_run(tmp_path, sourc
     with pytest.raises(SourceError, match="lies inside the source folder"):
         list_inputs([source.format(tmp_path)], outside=f"{tmp_path}/in/out")
     assert list_inputs([f"{tmp_path}/in/*.parquet"], outside=f"{tmp_path}/in/out").files
+
+
+def test_a_link_to_a_file_that_is_there_already_counts_once(tmp_path):
+    """In one folder, and through another source."""
+    write_source(tmp_path / "in/a.parquet", {"text": ["a"]})
+    (tmp_path / "in/b.parquet").symlink_to(tmp_path / "in/a.parquet")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    assert len(list_inputs([f"{tmp_path}/in", f"{tmp_path}/link"]).files) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,11 @@ import pytest
 
 import engine
 from engine.config import JobConfig, load_config
-from engine.ledger import COMMITS, REJECTS, part_name, record_name, rejects_name
+from engine.errors import Refused, SourceChanged
+from engine.ledger import COMMITS, REJECTS, Ledger, part_name, record_name, rejects_name
+from engine.pipeline.publish import Publisher
 from engine.schema import EMBEDDING, SOURCE_ROW, Reject, Shard, Usage, vectors_type
+from engine.storage import LocalStorage
 from engine.survey import survey
 from tests.models import HashModel
 
@@ -83,7 +87,7 @@ def output(tmp_path: Path) -> Output:
 
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
-    data[len(data) // 3] ^= 1
+    data[400] ^= 1  # in a page: the footer is at the end
     path.write_bytes(data)
 
 
@@ -212,3 +216,46 @@ def test_rows_in_two_parts_are_found(output):
     (output.out / COMMITS).exists()
     problems = [finding.problem for finding in engine.verify(output.out).findings]
     assert any("are in two parts" in problem for problem in problems)
+
+
+def test_rejects_that_should_not_be_there_are_found(output):
+    """A row would be embedded and rejected both."""
+    shard_id = next(path.stem[5:] for path in output.parts() if path.stem[5:] != output.id_with_rejects())
+    (output.out / rejects_name(shard_id)).write_text("{}\n")
+    (finding,) = engine.verify(output.out).findings
+    assert "should not be there" in finding.problem
+
+
+def test_an_input_that_changed_is_a_finding(output):
+    """The output is what it was, and no longer of its source."""
+    os.utime(output.source / "a.parquet", ns=(1, 1))
+    verdict = engine.verify(output.out)
+    assert not verdict.ok
+    assert "changed since rows of it were committed" in verdict.findings[0].problem
+
+
+def test_an_input_under_another_name_is_refused(output):
+    """Its rows would be embedded a second time."""
+    (output.source / "a.parquet").rename(output.source / "z.parquet")
+    with pytest.raises(SourceChanged, match=r"looks like a\.parquet under another name"):
+        survey(output.config)
+
+
+def test_a_source_from_another_folder_is_refused_before_the_first_commit_too(tmp_path):
+    """Nothing is committed yet, and a first driver may be about to."""
+    (tmp_path / "in/deep").mkdir(parents=True)
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "in/deep/a.parquet")
+    options = {"output": str(tmp_path / "out"), "model": "custom:tests.models.HashModel"}
+    asked = survey(load_config(source=str(tmp_path / "in"), **options))
+    asked.ledger.claim(asked.job)
+    with pytest.raises(Refused, match="name the source as the first run did"):
+        survey(load_config(source=str(tmp_path / "in/deep"), **options))
+
+
+def test_a_publisher_on_another_disk_is_refused(output, tmp_path):
+    """The same path on a node that does not share it: the shard must not be committed where nobody looks."""
+    asked = survey(output.config)
+    publisher = Publisher(Ledger(LocalStorage(str(tmp_path / "elsewhere"))), asked.job.fingerprint)
+    with pytest.raises(Refused, match="a disk that all nodes of the cluster share"):
+        publisher(pa.table({}))
+    assert not (tmp_path / "elsewhere").exists()

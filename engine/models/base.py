@@ -21,6 +21,8 @@ Vectors = npt.NDArray[np.float32]
 PROBE = "The quick brown fox jumps over the lazy dog."
 """A text that every model embeds. When one text fails alone, this one tells whether the text or the model is at fault."""
 
+MAX_REASON_CHARACTERS = 200
+
 
 @dataclass(slots=True)
 class Embeddings:
@@ -116,7 +118,7 @@ class BaseEmbeddingModel(ABC):
         vectors: Vectors | None = None
         has_vector = np.zeros(len(texts), bool)
         rejects: dict[int, str] = {}
-        trusted = False
+        failed_alone: set[int] = set()
         ranges = [(0, len(texts))] if texts else []
         while ranges:
             start, stop = ranges.pop()
@@ -128,8 +130,13 @@ class BaseEmbeddingModel(ABC):
                     middle = (start + stop) // 2
                     ranges += [(middle, stop), (start, middle)]
                     continue
-                trusted = trusted or await self._passes_probe(error)
-                rejects[start] = reason_of(error)
+                await self._pass_probe(error)
+                if start not in failed_alone:  # once more: what passes by is not the text's fault
+                    failed_alone.add(start)
+                    ranges.append((start, stop))
+                else:
+                    self._raise_if_not_about_this(error)
+                    rejects[start] = reason_of(error)
                 continue
             if vectors is None:
                 vectors = np.empty((len(texts), answer.shape[1]), np.float32)
@@ -140,7 +147,7 @@ class BaseEmbeddingModel(ABC):
                 if stop - start > 1:
                     ranges.append((position, position + 1))  # once more, alone
                 else:
-                    trusted = trusted or await self._passes_probe(BadAnswer("vector is zero or not finite"))
+                    await self._pass_probe(BadAnswer("vector is zero or not finite"))
                     rejects[position] = "the model's vector is zero or not finite"
         if vectors is None:
             vectors = np.empty((len(texts), await self.dimension() if texts else self._dimension or 0), np.float32)
@@ -167,8 +174,8 @@ class BaseEmbeddingModel(ABC):
             raise BadAnswer(f"{array.shape[1]} dimensions instead of {self._dimension}")
         return array
 
-    async def _passes_probe(self, error: Exception) -> bool:
-        """Return True if the model embeds the probe; raise if not, because then it fails whatever the text."""
+    async def _pass_probe(self, error: Exception) -> None:
+        """Raise if the model does not embed the probe, because then it fails whatever the text."""
         try:
             answer = await self._checked([PROBE])
             if not _usable(answer).all():
@@ -179,7 +186,14 @@ class BaseEmbeddingModel(ABC):
                 f"the model {self.slug()} fails on every text ({_described(error)}; on a plain English sentence "
                 f"{_described(again)}): mend the model or its settings, then run the same command again"
             ) from None
-        return True
+
+    def _raise_if_not_about_this(self, error: Exception) -> None:
+        """Raise for what no text brings about: a network or a machine that fails now and then."""
+        if isinstance(error, (OSError, MemoryError)):  # TimeoutError and ConnectionError are OSErrors
+            raise ProviderError(
+                f"the model {self.slug()} fails with {type(error).__name__} again and again: "
+                "see to its network or memory, then run the same command again"
+            ) from None
 
     @staticmethod
     def _raise_if_not_about_texts(error: Exception) -> None:
@@ -190,7 +204,7 @@ class BaseEmbeddingModel(ABC):
 def reason_of(error: Exception) -> str:
     """Return a reject's reason for an exception: never its message unless it is ours, since it may quote the text."""
     if isinstance(error, InputRejected):
-        return error.message
+        return error.message[:MAX_REASON_CHARACTERS]
     return f"the model fails on it: {_described(error)}"
 
 

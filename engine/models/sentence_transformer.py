@@ -85,7 +85,10 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
         if _folder(config.name) is not None:
             if config.revision:
                 raise ConfigError(f"revision: {config.name} is a folder, and has none; leave it out")
-            return config
+            if config.name.startswith(PACKAGE):
+                return config
+            absolute = Path(config.name).expanduser().absolute()  # actors may have another working directory
+            return config.model_copy(update={"model": f"{config.provider}:{absolute}"})
         return config.model_copy(update={"revision": _commit(_hub_name(config.name), config.revision)})
 
     @classmethod
@@ -228,11 +231,11 @@ def _hub_name(name: str) -> str:
 def _commit(name: str, revision: str | None) -> str:
     """Return the commit that a revision of a model names: as the Hub says, or else as it was last downloaded."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return str(HfApi().model_info(name, revision=revision, timeout=20).sha)
-    except (OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except Exception as error:  # offline, or any of what a network's libraries raise: perhaps it was downloaded before
         why = type(error).__name__
     try:
         return Path(snapshot_download(name, revision=revision, local_files_only=True)).name

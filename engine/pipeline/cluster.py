@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
 import ray.data
-from ray.exceptions import RayError, RayTaskError
+from ray.data.exceptions import ExecutionTimeoutError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from engine.errors import ConfigError, EngineError
 
@@ -29,6 +31,8 @@ def connected(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    # Ray's workers are nice to others by default, its own daemons among them, for which the models' threads would wait.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         ray.init(address=address, logging_level=logging.WARNING, include_dashboard=None if address else False)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -93,6 +97,17 @@ def translated() -> Iterator[None]:
         found = _engine_error(error)
         if found is not None:
             raise found from None
+        if isinstance(error, ActorDiedError):
+            raise EngineError(
+                "an actor died again and again over the same shard: a text or its node's memory may be the cause. What was "
+                "committed is kept. Smaller shards in a new output (--shard-rows) narrow it down; Ray's logs are in "
+                "/tmp/ray/session_latest/logs"
+            ) from error
+        if isinstance(error, ExecutionTimeoutError):
+            raise EngineError(
+                "no shard was finished for hours, and the run was given up; what was committed is kept. Do the actors fit on the "
+                "cluster's nodes? Ray's logs are in /tmp/ray/session_latest/logs"
+            ) from error
         if isinstance(error, RayError):
             raise EngineError(
                 f"Ray failed ({type(error).__name__}); what was committed is kept, and the same command resumes. "
@@ -112,6 +127,6 @@ def _engine_error(error: BaseException | None) -> EngineError | None:
     return None
 
 
-def capacity() -> dict[str, float]:
-    """Return the resources of the whole cluster, such as {"CPU": 8.0, "GPU": 2.0}."""
-    return dict(ray.cluster_resources())
+def capacity() -> list[dict[str, float]]:
+    """Return the resources of each node, such as {"CPU": 8.0, "GPU": 2.0}."""
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]

@@ -2,8 +2,7 @@
 A parcel: one shard, or several small ones, as a single row of a Ray dataset.
 
 Each column of the shards' tables becomes one list, and a manifest says which rows are whose. Ray may merge, split or replay
-blocks as it likes: it never cuts a row, so a shard stays whole whatever Ray does, and its identity travels with it. Lists of
-Arrow are views: packing copies nothing.
+blocks as it likes: it never cuts a row, so a shard stays whole whatever Ray does, and its identity travels with it. Packing copies a column that comes in several pieces, once.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from engine.schema import InputFile, Receipt, Reject, Shard, Usage, canonical_js
 
 MANIFEST = "_manifest"
 RECEIPTS = "receipts"
+SMALL_OFFSETS_BYTES = 2**31 - 1
 
 
 @dataclass(slots=True)
@@ -41,13 +41,23 @@ def pack(items: Sequence[Item]) -> pa.Table:
         }
         for item in items
     ]
-    table = pa.concat_tables(_alike([item.table for item in items])).combine_chunks()
+    table = pa.concat_tables(_alike([item.table for item in items]))
     columns = {MANIFEST: pa.array([canonical_json(manifest)], pa.large_string())}
     for name in table.column_names:
-        chunks = table.column(name).chunks
-        values = chunks[0] if chunks else pa.array([], table.schema.field(name).type)
+        values = _joined(table.column(name))
         columns[name] = pa.LargeListArray.from_arrays(pa.array([0, len(values)], pa.int64()), values)
     return pa.table(columns)
+
+
+def _joined(column: pa.ChunkedArray) -> pa.Array:
+    """Return a column as one array; texts of 2 GiB and more need the large kinds of strings for it."""
+    if column.nbytes >= SMALL_OFFSETS_BYTES:
+        if pa.types.is_string(column.type):
+            column = column.cast(pa.large_string())
+        elif pa.types.is_binary(column.type):
+            column = column.cast(pa.large_binary())
+    joined = column.combine_chunks()
+    return pa.concat_arrays(joined.chunks) if isinstance(joined, pa.ChunkedArray) else joined
 
 
 def _alike(tables: list[pa.Table]) -> list[pa.Table]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pyarrow as pa
 
+from engine.errors import Refused
 from engine.ledger import Ledger
 from engine.pipeline.parcel import pack_receipts, unpack
+
+NICENESS = 10
+"""A publisher has time; the models' threads, which wait for each other, have not."""
 
 
 class Publisher:
@@ -19,9 +25,12 @@ class Publisher:
     def __init__(self, ledger: Ledger, fingerprint: str) -> None:
         self._ledger = ledger
         self._fingerprint = fingerprint
+        self._is_checked = False
+        os.nice(NICENESS)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Commit every shard in a block; return their receipts."""
+        self._check_place()
         return pack_receipts(
             self._ledger.publish(
                 item.table, shard=item.shard, fingerprint=self._fingerprint, rejects=item.rejects, usage=item.usage
@@ -29,3 +38,15 @@ class Publisher:
             for items in unpack(block)
             for item in items
         )
+
+    def _check_place(self) -> None:
+        """Make sure, once, that the output here is the driver's: the same path on another machine may be another disk."""
+        if self._is_checked:
+            return
+        job = self._ledger.job()
+        if job is None or job.fingerprint != self._fingerprint:
+            raise Refused(
+                f"{self._ledger.root} on the node of a publisher is not the driver's folder: "
+                "give an output on a disk that all nodes of the cluster share"
+            )
+        self._is_checked = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.config import JobConfig
@@ -41,7 +41,7 @@ class Resources:
         return -(-self.min_actors // ACTORS_PER_PUBLISHER)
 
 
-def decide(config: JobConfig, cluster: Mapping[str, float], num_parcels: int) -> Resources:
+def decide(config: JobConfig, nodes: Sequence[Mapping[str, float]], num_parcels: int) -> Resources:
     """
     Decide on actors: one per GPU, or share of one, if there are GPUs and the job may use them; else one per group of cores.
 
@@ -50,30 +50,32 @@ def decide(config: JobConfig, cluster: Mapping[str, float], num_parcels: int) ->
 
     Args:
         config: Of the job.
-        cluster: Ray's resources of the cluster, such as {"CPU": 8.0, "GPU": 2.0}.
+        nodes: Ray's resources of each node, such as {"CPU": 8.0, "GPU": 2.0}: an actor must fit on one.
         num_parcels: How much there is to do.
 
     Raises:
-        ConfigError: If the cluster cannot hold one actor and will not grow.
+        ConfigError: If no node can hold an actor and the cluster will not grow.
     """
     wants_gpu = config.gpus_per_actor is not None or config.device.startswith("cuda")
-    gpus, cpus = cluster.get("GPU", 0.0), cluster.get("CPU", 0.0)
-    if wants_gpu or (gpus > 0 and config.device == "auto"):
+    gpus = [node.get("GPU", 0.0) for node in nodes]
+    cpus = [node.get("CPU", 0.0) for node in nodes]
+    if wants_gpu or (any(gpus) and config.device == "auto"):
         share = config.gpus_per_actor or 1.0
-        room = _actors_on_gpus(gpus, share)
-        core = min(1.0, max(cpus, 1.0) / max(room, 1))
+        rooms = [_actors_on_gpus(count, share) for count in gpus]
+        core = min([1.0, *(max(own, 1.0) / room for own, room in zip(cpus, rooms, strict=True) if room)])
         num_cpus = core - min(RESERVED_CPUS, core / 2)
-        need, has = f"{share:g} GPU", f"{gpus:g} GPUs"
+        need, has = f"{share:g} GPU", f"{max(gpus, default=0):g} GPUs"
         num_gpus, num_threads = share, 0
     else:
-        cores = config.cpus_per_actor or max(1, min(MAX_CORES_PER_ACTOR, int(cpus)))
-        room = int(cpus // cores)
+        cores = config.cpus_per_actor or max(1, min(MAX_CORES_PER_ACTOR, int(max(cpus, default=1))))
+        rooms = [int(own // cores) for own in cpus]
         num_cpus, num_gpus, num_threads = cores - RESERVED_CPUS, 0.0, cores
-        need, has = f"{cores} CPUs", f"{cpus:g} CPUs"
+        need, has = f"{cores} CPUs", f"{max(cpus, default=0):g} CPUs"
+    room = sum(rooms)
     if room < 1 and config.num_actors is None:
         raise ConfigError(
-            f"an actor needs {need}, and the cluster has {has}: ask for less (--gpus-per-actor, --cpus-per-actor, "
-            "--device cpu), or give --num-actors if an autoscaler will add nodes"
+            f"an actor needs {need}, and the cluster's largest node has {has}: ask for less (--gpus-per-actor, "
+            "--cpus-per-actor, --device cpu), or give --num-actors if an autoscaler will add nodes"
         )
     most = config.num_actors or room
     least = config.min_actors or min(most, max(room, 1), max(num_parcels, 1))

@@ -18,6 +18,10 @@ from engine.pipeline.resources import LIGHT_CPUS, Resources
 from engine.pipeline.worker import EmbedWorker, Work
 from engine.schema import Receipt
 
+NO_PROGRESS_S = 4 * 3600
+"""Ray's half an hour would end a run whose shards take a slow model longer than that, again and again."""
+MAX_CRASHES = 5
+"""Of actors over one parcel. Ray's default is no limit, and a text that makes a library crash would be tried for ever."""
 TASKS_IN_FLIGHT = 8
 """For a publisher, which is through with a parcel of small shards faster than Ray's scheduler comes round (0.1 s)."""
 
@@ -40,7 +44,8 @@ class Stream:
             EngineError: What a reader, an actor or a publisher raised. What was committed stays so.
         """
         # A limit of one byte makes every row, which is a parcel, a block of its own.
-        with cluster.settings(target_max_block_size=1), cluster.translated():
+        wanted = {"target_max_block_size": 1, "execution_no_progress_timeout_s": NO_PROGRESS_S}
+        with cluster.settings(**wanted), cluster.translated():
             blocks = self._chain().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
             for block in blocks:
                 yield from unpack_receipts(block)
@@ -63,6 +68,7 @@ class Stream:
                 compute=ActorPoolStrategy(min_size=chosen.min_actors, max_size=chosen.max_actors),
                 num_cpus=chosen.num_cpus,
                 num_gpus=chosen.num_gpus or None,
+                max_task_retries=MAX_CRASHES,
             )
             .map_batches(
                 Publisher,

@@ -96,6 +96,7 @@ class EmbedWorker:
                 num_tokens=round(answer.num_tokens * after) - round(answer.num_tokens * before),  # they add up exactly
                 embed_s=round(seconds * (after - before), 6),
                 device=getattr(self._model, "device", ""),
+                slug=self._model.slug() if self._work.model.provider == registry.CUSTOM else "",
                 created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             )
             rows = self._kept_columns(item)
@@ -150,8 +151,16 @@ def _with_vectors(rows: pa.Table, vectors: Vectors) -> pa.Table:
 
 
 def _rejects(rows: pa.Table, reasons: dict[int, str]) -> list[Reject]:
-    ids, source_rows = rows.column(0), rows.column(SOURCE_ROW)
-    return [Reject(source_rows[at].as_py(), ids[at].as_py(), reasons[at]) for at in sorted(reasons)]
+    positions = sorted(reasons)
+    some = rows.take(pa.array(positions, pa.int64()))
+    ids = text_checks.values_of(some.column(0))
+    source_rows = some.column(SOURCE_ROW).to_pylist()
+    return [
+        Reject(
+            source_row, text_checks.INVALID_UTF8 if isinstance(key, text_checks.Undecodable) else key, reasons[position]
+        )
+        for position, source_row, key in zip(positions, source_rows, ids, strict=True)
+    ]
 
 
 def _set_threads(num_threads: int) -> None:

@@ -38,11 +38,15 @@ def list_inputs(sources: Sequence[str], *, outside: str | None = None) -> Invent
     """
     found: dict[str, os.stat_result] = {}
     roots: list[str] = []
+    real: set[str] = set()
     for source in sources:
         root, paths = _expand(source)
         roots.append(root)
         for path in paths:
-            found[path] = _stat(path)
+            target = os.path.realpath(path)
+            if path in found or target not in real:  # a link to a file that is there already would double its rows
+                found[path] = _stat(path)
+                real.add(target)
     if outside:
         walked = [
             root

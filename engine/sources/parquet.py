@@ -16,6 +16,7 @@ from engine.schema import SOURCE_ROW, InputFile, Shard
 from engine.sources.inventory import check_unchanged
 
 FOOTER_THREADS = 16
+READ_BUFFER_BYTES = 8 * 1024**2
 READ_ROWS = 4096
 """Rows decoded at a time: a shard is put together from such pieces, so that a giant row group is never held whole."""
 
@@ -28,7 +29,7 @@ class FileShape:
     row_groups: tuple[int, ...]
     """Rows of each row group."""
     text_bytes: int
-    """Size of the text column, decoded but not decompressed further: dictionary pages count once."""
+    """Size of the text column's pages, not compressed: a value that a dictionary holds counts once."""
     kept_types: tuple[tuple[str, str], ...]
     """Name and Arrow type of each kept column."""
 
@@ -70,13 +71,20 @@ def read_shards(shards: Sequence[Shard], columns: Sequence[str]) -> Iterator[pa.
     """
     file = shards[0].file
     check_unchanged(file)
-    with _readable(file), pq.ParquetFile(file.location, page_checksum_verification=True) as parquet:
+    with _readable(file), _open(file) as parquet:
         pieces = _pieces(parquet, shards, list(dict.fromkeys(columns)))
         for shard in shards:
             table = _take(pieces, len(shard))
             check_unchanged(file)
             rows = np.arange(shard.start, shard.stop, dtype=np.int64)
             yield table.append_column(SOURCE_ROW, pa.array(rows))
+
+
+def _open(file: InputFile) -> pq.ParquetFile:
+    """Open a file so that its column chunks are read a buffer at a time: by default Arrow would hold a whole one."""
+    return pq.ParquetFile(
+        file.location, page_checksum_verification=True, pre_buffer=False, buffer_size=READ_BUFFER_BYTES
+    )
 
 
 def _take(pieces: Iterator[pa.RecordBatch], num_rows: int) -> pa.Table:
