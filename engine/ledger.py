@@ -233,12 +233,7 @@ class Ledger:
         """
         stored = self.part(shard.id)
         record = stored.record
-        if (record.shard_id, record.fingerprint, record.start, record.stop) != (
-            shard.id,
-            fingerprint,
-            shard.start,
-            shard.stop,
-        ):
+        if (record.shard_id, record.fingerprint) != (shard.id, fingerprint):
             raise CorruptOutput(f"the part {part_name(shard.id)} is of another shard or job")
         self._fix_vectors(record)
         self.storage.persist(part_name(shard.id))  # before the record that vouches for it
