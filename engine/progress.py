@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 from rich.text import Text
 
 from engine.results import PoolStarted, RunPlanned, ShardDone
@@ -126,9 +127,7 @@ class Progress:
         else:
             self._meter.add(event)
             if self._bar:
-                self._bar.update(
-                    self._task, description="embedding", total=self._meter.pending_rows, completed=self._meter.rows
-                )
+                self._bar.update(self._task, description="", total=self._meter.pending_rows, completed=self._meter.rows)
             elif time.monotonic() >= self._next_line or self._meter.rows >= self._meter.pending_rows:
                 self._line(f"{self._meter.share:4.0%}  {facts(self._meter)}")
                 is_young = time.monotonic() - self._meter.started < FIRST_MINUTE_S
@@ -150,7 +149,7 @@ class _Facts(ProgressColumn):
     max_refresh = 0.5
 
     def __init__(self, meter: Meter) -> None:
-        super().__init__()
+        super().__init__(Column(no_wrap=True))
         self._meter = meter
 
     def render(self, task: Task) -> Text:  # noqa: ARG002 - rich's interface
@@ -161,7 +160,7 @@ class _Facts(ProgressColumn):
 def facts(meter: Meter) -> str:
     """Return how far and how fast, on half a line."""
     rows_per_s, tokens_per_s = meter.rates
-    said = [f"{meter.rows:,}/{meter.pending_rows:,} rows", f"{_rounded(rows_per_s)} rows/s"]
+    said = [f"{_short(meter.rows)}/{_short(meter.pending_rows)} rows", f"{_rounded(rows_per_s)} rows/s"]
     if tokens_per_s:
         said.append(f"{_rounded(tokens_per_s)} tok/s")
     if meter.left_s is not None and meter.rows < meter.pending_rows:
@@ -182,4 +181,13 @@ def duration(seconds: float) -> str:
 
 
 def _rounded(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+    return _short(rate) if rate >= 10 else f"{rate:.2g}"
+
+
+def _short(number: float) -> str:
+    """Return a number of at most six characters."""
+    if number < 100_000:
+        return f"{number:,.0f}"
+    unit, size = next((unit, size) for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)) if number >= size)
+    amount = number / size
+    return f"{amount:,.{0 if amount >= 100 else 1 if amount >= 10 else 2}f}{unit}"

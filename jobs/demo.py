@@ -28,6 +28,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 import engine
+from engine.streams import without_core_notices
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -54,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Another number of texts is another source, and gets an output of its own.
     folder = arguments.folder if arguments.limit is None else arguments.folder / f"first-{arguments.limit}"
     try:
-        return demo(folder, arguments.limit)
+        with without_core_notices():
+            return demo(folder, arguments.limit)
     except engine.EngineError as error:
         console.print(Text(f"error: {error.message}"), style="red", soft_wrap=True)
         return error.exit_code

@@ -77,7 +77,7 @@ def test_before_the_first_shard_nothing_is_claimed(clock):
 def test_on_a_terminal_there_is_one_live_line(clock):
     """It fits 80 columns, is redrawn in place, and is gone at the end."""
     screen = shown(run_of(20), clock, is_terminal=True)
-    assert "embedding" in screen
+    assert "100%  2,000/2,000 rows" in screen
     assert screen.endswith("\x1b[2K")  # the line is cleared, not left behind
     drawn = re.split(r"[\r\n]", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen))
     assert max(len(line) for line in drawn) <= 80
@@ -89,3 +89,16 @@ def test_on_a_terminal_there_is_one_live_line(clock):
 def test_durations_are_said_as_people_do(seconds, said):
     """In the two units that matter."""
     assert duration(seconds) == said
+
+
+def test_a_live_line_of_a_large_job_fits_80_columns(clock):
+    """A billion rows, thousands a second, days to go."""
+    events = [
+        RunPlanned(pending_rows=1_234_567_890, pending_shards=75_352, num_rows=1_234_567_890, output="out"),
+        PoolStarted(8, "GPU"),
+        *[ShardDone(num_rows=16_384, num_rejects=0, num_tokens=3_276_800, num_bytes=1)] * 8,
+    ]
+    screen = shown(events, clock, is_terminal=True)
+    drawn = re.split(r"[\r\n]", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen))
+    assert any(line.rstrip().endswith("left") for line in drawn)
+    assert max(len(line) for line in drawn) <= 80
