@@ -211,7 +211,7 @@ def _print(result: _Result, as_json: bool, show: Callable[[Console, _Result], No
 
 def _exit_code_of(result: RunResult, job: JobConfig) -> int:
     if result.interrupted:
-        _say(f"interrupted: {result.pending_rows:,} rows are left; the same command goes on where this one stopped")
+        _say(f"interrupted: {result.pending_rows:,} rows are left; run the same command again to go on")
         return INTERRUPTED
     if job.max_rejects is not None and (result.total_rejects or 0) > job.max_rejects:
         _say(

@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
 
 CORE_NOTICE = re.compile(rb"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ [IWE] \d+ \d+\] ")
 """How the core begins a line. Every actor pool brings one of level E about its own arguments (ray issue 53727). Fatal ones (F) pass,
@@ -30,22 +29,23 @@ def without_core_notices() -> Iterator[None]:
     before.flush()
     screen = os.dup(2)
     readable, writable = os.pipe()
-    with os.fdopen(screen, "wb", 0) as raw, os.fdopen(os.dup(screen), "w", 1, before.encoding, before.errors) as text:
-        os.dup2(writable, 2)
-        os.close(writable)
-        reader = threading.Thread(target=_pass_on, args=(readable, raw), daemon=True)
-        reader.start()
-        sys.stderr = text
-        try:
-            yield
-        finally:
-            sys.stderr = before
-            os.dup2(screen, 2)
-            reader.join(timeout=1)  # not for ever: a child process may hold the pipe open
+    # Never closed: what was imported meanwhile may keep it, and write to it as the process ends, as colorama does.
+    copy = os.fdopen(os.dup(screen), "w", 1, before.encoding, before.errors)
+    os.dup2(writable, 2)
+    os.close(writable)
+    reader = threading.Thread(target=_pass_on, args=(readable, screen), daemon=True)
+    reader.start()
+    sys.stderr = copy
+    try:
+        yield
+    finally:
+        sys.stderr = before
+        os.dup2(screen, 2)
+        reader.join(timeout=1)  # not for ever: a child process may hold the pipe open
 
 
-def _pass_on(readable: int, screen: BinaryIO) -> None:
+def _pass_on(readable: int, screen: int) -> None:
     with os.fdopen(readable, "rb") as lines:
         for line in lines:
             if not CORE_NOTICE.match(line):
-                screen.write(line)
+                os.write(screen, line)

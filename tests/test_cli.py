@@ -143,7 +143,7 @@ def test_an_interrupt_stops_cleanly_and_the_same_command_resumes(tmp_path, numbe
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert b"the same command goes on where this one stopped" in stderr
+    assert b"run the same command again to go on" in stderr
     assert b"Traceback" not in stderr
     assert 4 <= job.num_committed() < 60
     job.finish()
