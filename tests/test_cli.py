@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -131,6 +132,65 @@ def test_a_model_that_cannot_be_built_on_its_actor_is_one_message(job, capfd):
     arguments = ["--model-args", '{"no_such_argument": 1}']
     assert main(["run", *job, *arguments]) == 2
     assert "cannot build tests.models.HashModel from model_args ['no_such_argument']" in capfd.readouterr().err
+
+
+def harmed(texts: Path) -> dict[str, tuple[Callable[[], None], list[str], int, str]]:
+    """What can happen to a job between two runs: what is done to its files, options, the exit code and the message."""
+    good = (texts / "0.parquet").read_bytes()
+    stat = (texts / "0.parquet").stat()
+
+    def restored(name: str, data: bytes | None) -> None:
+        for path in texts.glob("x*"):
+            path.unlink()
+        (texts / "0.parquet").write_bytes(good)
+        os.utime(texts / "0.parquet", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        if data is not None:
+            (texts / name).write_bytes(data)
+
+    other_type = pa.BufferOutputStream()
+    pq.write_table(pa.table({"name": ["a"], "text": [1]}), other_type)
+    return {
+        "another model": (
+            lambda: restored("", None),
+            ["--model-args", '{"dimension": 9}'],
+            3,
+            "model_args: {} in the output",
+        ),
+        "a corrupt file": (lambda: restored("x.parquet", good[:-9]), [], 2, "cannot be read as Parquet"),
+        "an empty file": (lambda: restored("x.parquet", b""), [], 2, "cannot be read as Parquet"),
+        "a column of another type": (lambda: restored("x.parquet", other_type.getvalue()), [], 2, "is int64, not text"),
+        "a changed input": (lambda: restored("0.parquet", good), [], 3, "changed since rows of it were committed"),
+    }
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("cluster")
+def test_what_goes_wrong_between_two_runs_is_one_message_and_touches_nothing(job, texts, tmp_path, capfd):
+    """Each with its exit code; what was committed is still there, byte for byte, and good."""
+    assert main(["run", *job]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    for name, (harm, options, code, message) in harmed(texts).items():
+        harm()
+        capfd.readouterr()
+        assert main(["run", *job, *options]) == code, name
+        assert message in capfd.readouterr().err, name
+        assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("cluster")
+def test_a_publisher_that_cannot_write_ends_the_run_and_the_next_one_goes_on(job, tmp_path, capfd):
+    """Its message arrives whole, with exit code 1; parts that were written are adopted."""
+    (tmp_path / "out/_engine").mkdir(parents=True)
+    obstacle = tmp_path / "out/_engine/rejects"
+    obstacle.write_text("")
+    assert main(["run", *job]) == 1
+    told = capfd.readouterr().err
+    assert f"{obstacle} is in the way: it must be a folder" in told
+    assert "Traceback" not in told
+    obstacle.unlink()
+    assert main(["run", *job]) == 0
+    assert main(["verify", str(tmp_path / "out"), "--level", "full"]) == 0
 
 
 @pytest.mark.ray

@@ -259,3 +259,18 @@ def test_a_publisher_on_another_disk_is_refused(output, tmp_path):
     with pytest.raises(Refused, match="a disk that all nodes of the cluster share"):
         publisher(pa.table({}))
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_resume_cuts_the_shards_of_the_first_run(tmp_path):
+    """Whatever it would choose now: the size is the job's, and stored with it."""
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"text": ["a"] * 1000}), tmp_path / "in/a.parquet")
+    config = load_config(
+        source=str(tmp_path / "in"), output=str(tmp_path / "out"), model="custom:tests.models.HashModel"
+    )
+    first = survey(config)
+    first.ledger.claim(first.job)
+    pq.write_table(pa.table({"text": [str(row) * 5000 for row in range(1000)]}), tmp_path / "in/long.parquet")
+    other = survey(config.model_copy(update={"output": str(tmp_path / "other")}))
+    assert other.job.shard_rows != first.job.shard_rows
+    assert survey(config).job.shard_rows == first.job.shard_rows
