@@ -64,7 +64,7 @@ class Tally:
         """Rows per second after the first shard, which carries the cold start; of the whole if there is only one."""
         if self.first is None or self.last is None:
             return 0.0
-        if self.last > self.first:
+        if self.num_rows > self.first_rows:
             return (self.num_rows - self.first_rows) / (self.last - self.first)
         return self.first_rows / max(self.last - self.started, 1e-9)
 
