@@ -295,5 +295,5 @@ class Ledger:
         if stored != data:
             raise CommitConflict(
                 f"{name} does not belong to {part_name(shard_id)}: one of the two was changed or damaged. "
-                "`engine verify OUT --set-aside` moves both away, and the next run makes the shard again"
+                f"`engine verify {self.root} --level full --set-aside` moves both away, and the next run makes the shard again"
             )

@@ -176,9 +176,8 @@ def _stream(asked: Survey, tally: Tally, on_event: OnEvent) -> None:
             for receipt in receipts:
                 tally.add_streamed(receipt)
                 on_event(ShardDone(receipt.num_rows, receipt.num_rejects, receipt.num_tokens, receipt.num_bytes))
-        left = {
-            shard.id for shard in todo.pending
-        } - asked.ledger.committed()  # the ledger decides, not what Ray brought
+        # The ledger decides whether all is done, not what Ray brought.
+        left = {shard.id for shard in todo.pending} - asked.ledger.committed()
         if left:
             raise EngineError(
                 f"Ray finished, and {len(left)} of {len(todo.pending)} shards are not committed: what was committed is "
