@@ -66,8 +66,16 @@ class ModelConfig(BaseModel):
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model", json_schema_extra=_VECTORS)
     device: str = Field("auto", description="auto, cpu, cuda or mps; auto takes the GPU that Ray assigns")
+    backend: Literal["auto", "torch", "openvino"] = Field(
+        "auto", description="what runs a local model; auto takes OpenVINO on CPUs where it can, and PyTorch elsewhere"
+    )
     batch_size: int | None = Field(
-        None, ge=1, description="texts that go through the model together (Kura's model_batch_size)"
+        None, ge=1, description="texts that go through the model together at most (Kura's model_batch_size)"
+    )
+    batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens, padding among them, that go through a local model together; by default measured on the job's texts",
     )
 
     @field_validator("model")

@@ -36,7 +36,8 @@ def embed(texts: Sequence[str], **options: Any) -> Vectors:
     for position, text in enumerate(texts):
         if (reason := reject_reason(text)) is not None:
             raise EngineError(f"text {position} cannot be embedded: {reason}")
-    answer = _embed_aside(_resident(validated(ModelConfig, options).model_dump_json()), list(texts))
+    config = registry.suited(validated(ModelConfig, options), sum(map(len, texts)))
+    answer = _embed_aside(_resident(config.model_dump_json()), list(texts))
     if answer.rejects:
         position, reason = min(answer.rejects.items())
         raise EngineError(f"text {position} cannot be embedded: {reason}")

@@ -61,6 +61,12 @@ class RunResult(Result):
     """After the first shard; of the whole run if there was only one."""
     num_actors: int
     device: str
+    backend: str
+    """What ran the model on the device."""
+    padding_share: float | None
+    """Of the tokens that devices computed, those that were padding; None if the model does not say."""
+    device_idle_share: float | None
+    """Of the devices' time after the first batch, that in which they waited; None if the model does not say."""
     interrupted: bool = False
     total_rejects: int | None = None
     """Rejects of all runs, counted only if `max_rejects` was given."""

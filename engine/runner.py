@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from engine.errors import CorruptOutput, EngineError, SourceError
+from engine.models import registry
 from engine.planning import parcels
 from engine.results import Finding, PlanResult, PoolStarted, RunPlanned, RunResult, ShardDone, StatusResult
 from engine.survey import resurvey, survey
@@ -190,8 +191,9 @@ def _pipeline(asked: Survey, chosen: Resources, groups: Sequence[tuple[Shard, ..
     from engine.pipeline.worker import Work
 
     config = asked.config
+    share = asked.standing.plan.pending_bytes // chosen.max_actors
     work = Work(
-        model=config.of_model(),
+        model=registry.suited(config.of_model(), share),
         identity=asked.identity,
         text_column=config.text_column,
         id_column=config.id_column,

@@ -18,7 +18,7 @@ import xxhash
 
 from engine.errors import CorruptOutput
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of the output folder as a whole. It is in the fingerprint: parts of two formats never share an output."""
 
 EMBEDDING = "embedding"
@@ -91,8 +91,15 @@ class Usage:
     """What a shard cost the model. It travels in the part, and is the same for whoever reads it."""
 
     num_tokens: int = 0
+    num_padded_tokens: int = 0
+    """With padding: what the device computed; 0 if the model does not say."""
     embed_s: float = 0.0
+    """Seconds for which the actor's device was this shard's: since the shard before it, or since its own start."""
+    busy_s: float = 0.0
+    """Of these, the seconds in which the device computed; 0 if the model does not say."""
     device: str = ""
+    backend: str = ""
+    """What ran the model there."""
     slug: str = ""
     """Of a custom model, whose class and arguments may not tell all that decides its vectors."""
     created_at: str = ""
@@ -170,13 +177,20 @@ class Receipt:
     num_rows: int
     num_rejects: int
     num_tokens: int
+    num_padded_tokens: int
     embed_s: float
+    busy_s: float
+    padding_share: float | None
+    """Of the tokens that the device computed, those that were padding; None if the model does not say."""
+    device_idle_share: float | None
+    """Of the time that the device was this shard's, that in which it waited; None if the model does not say."""
     num_bytes: int
     outcome: str
     """`committed` by this run, `adopted` from a part that had no record, or `present`: another run was first."""
     reasons: str
     """JSON: how many rows were rejected for each reason."""
     device: str
+    backend: str
 
     @classmethod
     def of(cls, record: CommitRecord, outcome: str) -> Receipt:
@@ -186,12 +200,27 @@ class Receipt:
             num_rows=record.num_rows,
             num_rejects=record.num_rejects,
             num_tokens=record.usage.num_tokens,
+            num_padded_tokens=record.usage.num_padded_tokens,
             embed_s=record.usage.embed_s,
+            busy_s=record.usage.busy_s,
+            padding_share=padding_share(record.usage.num_tokens, record.usage.num_padded_tokens),
+            device_idle_share=idle_share(record.usage.busy_s, record.usage.embed_s),
             num_bytes=record.num_bytes,
             outcome=outcome,
             reasons=canonical_json(record.reasons),
             device=record.usage.device,
+            backend=record.usage.backend,
         )
+
+
+def padding_share(num_tokens: int, num_padded_tokens: int) -> float | None:
+    """Return which share of the tokens that a device computed was padding; None if it is not known."""
+    return round(1 - num_tokens / num_padded_tokens, 4) if num_padded_tokens else None
+
+
+def idle_share(busy_s: float, embed_s: float) -> float | None:
+    """Return for which share of its time a device waited; None if it is not known."""
+    return round(max(1 - busy_s / embed_s, 0.0), 4) if busy_s and embed_s else None
 
 
 def count_reasons(rejects: Iterable[Reject]) -> dict[str, int]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from engine.results import RunResult
-from engine.schema import OTHER_REASONS
+from engine.schema import OTHER_REASONS, idle_share, padding_share
 
 if TYPE_CHECKING:
     from engine.schema import Receipt
@@ -35,6 +35,13 @@ class Tally:
     num_shards: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     devices: set[str] = field(default_factory=set)
+    backends: set[str] = field(default_factory=set)
+    known_tokens: int = 0
+    """Of shards whose padding is known."""
+    padded_tokens: int = 0
+    held_s: float = 0.0
+    """Of shards of which it is known how long their device was busy."""
+    busy_s: float = 0.0
     done_before_rows: int = 0
     num_actors: int = 0
     interrupted: bool = False
@@ -49,6 +56,13 @@ class Tally:
             is_known = reason in self.reasons or len(self.reasons) < MAX_REASONS
             self.reasons[reason if is_known else OTHER_REASONS] += count
         self.devices.add(receipt.device)
+        self.backends.add(receipt.backend)
+        if receipt.padding_share is not None:
+            self.known_tokens += receipt.num_tokens
+            self.padded_tokens += receipt.num_padded_tokens
+        if receipt.device_idle_share is not None:
+            self.held_s += receipt.embed_s
+            self.busy_s += receipt.busy_s
 
     def add_streamed(self, receipt: Receipt) -> None:
         """Count one shard that Ray brought, and the time."""
@@ -91,6 +105,9 @@ class Tally:
             rows_per_s=round(self.rows_per_s, 3),
             num_actors=self.num_actors,
             device=", ".join(sorted(self.devices - {""})),
+            backend=", ".join(sorted(self.backends - {""})),
+            padding_share=padding_share(self.known_tokens, self.padded_tokens),
+            device_idle_share=idle_share(self.busy_s, self.held_s),
             interrupted=self.interrupted,
             total_rejects=total_rejects,
             warnings=list(asked.standing.warnings),

@@ -45,9 +45,13 @@ def show_run(console: Console, result: RunResult) -> None:
         lines["embedded"] = f"{_count(result.num_rows, 'row')}{tokens} in {_count(result.num_shards, 'shard')}"
         lines["rejected"] = _rejects(result.num_rejects, result.reasons)
         lines["speed"] = (
-            f"{result.rows_per_s:,.1f} rows/s on {result.num_actors} x {result.device or 'custom model'}; "
+            f"{result.rows_per_s:,.1f} rows/s on {result.num_actors} x {result.device or 'custom model'}"
+            f"{f' with {result.backend}' if result.backend else ''}; "
             f"{duration(result.seconds)} in all, {duration(result.start_s)} of them to the first shard"
         )
+        if result.device_idle_share is not None:
+            padding = "" if result.padding_share is None else f", {result.padding_share:.1%} of its work was padding"
+            lines["device"] = f"waited {result.device_idle_share:.1%} of the time{padding}"
     if result.done_before_rows:
         lines["before"] = f"{_count(result.done_before_rows, 'row')} were done already"
     lines["left"] = _count(result.pending_rows, "row") if result.pending_rows else "nothing"

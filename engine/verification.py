@@ -177,7 +177,8 @@ class _Check:
         each = -(-num_rows // len(chosen))
         lowest = 1.0
         with asyncio.Runner() as loop:
-            model = registry.build(config.of_model().model_copy(update={"device": "auto"}))
+            anywhere = config.of_model().model_copy(update={"device": "auto", "backend": "auto"})
+            model = registry.build(registry.suited(anywhere, num_bytes=0))
             for shard_id in chosen:
                 stored = self._ledger.part(shard_id)
                 picked = sorted(chance.sample(range(stored.table.num_rows), min(each, stored.table.num_rows)))

@@ -24,7 +24,9 @@ DECIDES = {
 """What may decide the vectors besides the model itself, which is in the fingerprint by its content or commit."""
 SPEED_AND_PLACE = {
     "device",
+    "backend",
     "batch_size",
+    "batch_tokens",
     "shard_rows",
     "num_actors",
     "min_actors",
@@ -203,6 +205,8 @@ def test_the_fingerprint_has_what_decides_vectors_and_nothing_else():
     [
         {"device": "cpu"},
         {"batch_size": 3},
+        {"batch_tokens": 300},
+        {"backend": "torch"},
         {"shard_rows": 3},
         {"num_actors": 3, "min_actors": 2},
         {"gpus_per_actor": 0.5},

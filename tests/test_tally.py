@@ -20,7 +20,22 @@ def clock(monkeypatch):
 
 
 def receipt(num_rows: int = 100, reasons: str = "{}") -> Receipt:
-    return Receipt("x", num_rows, 0, 0, 0.0, 0, "committed", reasons, "cpu")
+    return Receipt(
+        shard_id="x",
+        num_rows=num_rows,
+        num_rejects=0,
+        num_tokens=0,
+        num_padded_tokens=0,
+        embed_s=0.0,
+        busy_s=0.0,
+        padding_share=None,
+        device_idle_share=None,
+        num_bytes=0,
+        outcome="committed",
+        reasons=reasons,
+        device="cpu",
+        backend="",
+    )
 
 
 def tally_of(clock, times: list[float]) -> Tally:

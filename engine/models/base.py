@@ -34,6 +34,12 @@ class Embeddings:
     """The reason for each position among the texts that has no vector."""
     num_tokens: int = 0
     """Tokens that went through the model, as the model counts them; 0 if it does not."""
+    num_padded_tokens: int = 0
+    """The same with padding: what its device computed."""
+    held_s: float = 0.0
+    """Seconds for which the device was these texts': from the end of the ones before; 0 if the model does not say."""
+    busy_s: float = 0.0
+    """Of these, the seconds in which the device computed."""
 
 
 class BadAnswer(Exception):
@@ -48,6 +54,8 @@ class BaseEmbeddingModel(ABC):
     anything: the engine finds the texts that cause it by halving, and rejects them alone.
     """
 
+    shards_at_once: int = 1
+    """Calls of `embed_rows` that may overlap. A model that waits (for a network, for its turn on a device) allows several."""
     version: str = ""
     """Of a custom model: change it when its code changes the vectors, so that they cannot mix in one output."""
 
@@ -71,6 +79,11 @@ class BaseEmbeddingModel(ABC):
         return config
 
     @classmethod
+    def suited(cls, config: ModelConfig, num_bytes: int) -> ModelConfig:  # noqa: ARG003 - for those that go by it
+        """Return `config` with what it leaves open, and vectors do not depend on, chosen for an actor's share of the text."""
+        return config
+
+    @classmethod
     def identity(cls, config: ModelConfig) -> dict[str, Any]:
         """Return what names the model in the fingerprint, found without loading it."""
         return {"model": config.model, "version": cls.version}
@@ -91,7 +104,9 @@ class BaseEmbeddingModel(ABC):
             "prompt",
             "revision",
             "trust_remote_code",
+            "backend",
             "batch_size",
+            "batch_tokens",
         )
         given = [name for name in foreign if getattr(config, name) != ModelConfig.model_fields[name].default]
         if given:
@@ -140,10 +155,10 @@ class BaseEmbeddingModel(ABC):
                 continue
             if vectors is None:
                 vectors = np.empty((len(texts), answer.shape[1]), np.float32)
-            usable = _usable(answer)
+            is_usable = usable(answer)
             vectors[start:stop] = answer  # a copy: the model may use its buffer again
-            has_vector[start:stop] = usable
-            for position in (start + np.flatnonzero(~usable)).tolist():
+            has_vector[start:stop] = is_usable
+            for position in (start + np.flatnonzero(~is_usable)).tolist():
                 if stop - start > 1:
                     ranges.append((position, position + 1))  # once more, alone
                 else:
@@ -178,7 +193,7 @@ class BaseEmbeddingModel(ABC):
         """Raise if the model does not embed the probe, because then it fails whatever the text."""
         try:
             answer = await self._checked([PROBE])
-            if not _usable(answer).all():
+            if not usable(answer).all():
                 raise BadAnswer("vector is zero or not finite")  # noqa: TRY301 - judged with the model's own errors
         except Exception as again:
             self._raise_if_not_about_texts(again)
@@ -214,6 +229,6 @@ def _described(error: Exception) -> str:
     return type(error).__name__
 
 
-def _usable(vectors: Vectors) -> npt.NDArray[np.bool_]:
+def usable(vectors: Vectors) -> npt.NDArray[np.bool_]:
     """Say of each vector whether it is finite and not zero."""
     return np.logical_and(np.isfinite(vectors).all(axis=1), vectors.any(axis=1))

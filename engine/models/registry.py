@@ -39,6 +39,11 @@ def pinned(config: ModelConfig) -> ModelConfig:
     return model_class(config).pinned(config)
 
 
+def suited(config: ModelConfig, num_bytes: int) -> ModelConfig:
+    """Return `config` with what it leaves open chosen for so much text."""
+    return model_class(config).suited(config, num_bytes)
+
+
 def identity(config: ModelConfig) -> dict[str, Any]:
     """Return what names a pinned config's model in the fingerprint, without loading it."""
     return model_class(config).identity(config)

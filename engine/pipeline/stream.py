@@ -22,6 +22,10 @@ NO_PROGRESS_S = 4 * 3600
 """Ray's half an hour would end a run whose shards take a slow model longer than that, again and again."""
 MAX_CRASHES = 5
 """Of actors over one parcel. Ray's default is no limit, and a text that makes a library crash would be tried for ever."""
+PARCELS_INSIDE = 3
+"""Of an actor: one on the device, one that is ready for it, one that leaves."""
+PARCELS_WAITING = 2
+"""Before an actor, so that none waits for Ray's scheduler to come round."""
 TASKS_IN_FLIGHT = 8
 """For a publisher, which is through with a parcel of small shards faster than Ray's scheduler comes round (0.1 s)."""
 
@@ -65,7 +69,13 @@ class Stream:
                 fn_constructor_args=(self.work,),
                 batch_size=1,  # a parcel a call; Ray refuses None beside GPUs
                 batch_format="pyarrow",
-                compute=ActorPoolStrategy(min_size=chosen.min_actors, max_size=chosen.max_actors),
+                compute=ActorPoolStrategy(
+                    min_size=chosen.min_actors,
+                    max_size=chosen.max_actors,
+                    max_concurrent_calls_per_actor=PARCELS_INSIDE,
+                    max_tasks_in_flight_per_actor=PARCELS_INSIDE + PARCELS_WAITING,
+                    enable_true_multi_threading=True,
+                ),
                 num_cpus=chosen.num_cpus,
                 num_gpus=chosen.num_gpus or None,
                 max_task_retries=MAX_CRASHES,

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +50,9 @@ class EmbedWorker:
     """
     A `map_batches` actor. It has one model and one event loop for its life.
 
+    Ray calls it from several threads: while one shard is on the device, the next is unpacked and tokenized, and the one before
+    packed and handed over. How many may be inside the model at once is the model's to say.
+
     A bad row never leaves it as an exception: Ray would drop its whole block. What does is about the model or the config.
     """
 
@@ -56,9 +60,11 @@ class EmbedWorker:
         _show_logs(work.log_level)
         self._work = work
         self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="model-loop", daemon=True).start()
         self._failure: EngineError | None = None
         try:
             self._model = _built(work)
+            self._gate = asyncio.Semaphore(self._model.shards_at_once)
         except EngineError as error:
             self._failure = error  # for the first call: of an error in a constructor Ray passes on the text alone
 
@@ -78,9 +84,7 @@ class EmbedWorker:
         found = [text_checks.split(text_checks.values_of(item.table.column(self._work.text_column))) for item in items]
         all_texts = [text for texts, _, _ in found for text in texts]
         logger.debug("embedding started: %d texts", len(all_texts))
-        started = time.perf_counter()
-        answer = self._loop.run_until_complete(self._answer(all_texts))
-        seconds = time.perf_counter() - started
+        answer = asyncio.run_coroutine_threadsafe(self._answer(all_texts), self._loop).result()
         logger.debug("embedding done: %d embeddings, %d rejects", len(answer.vectors), len(answer.rejects))
 
         embedded = []
@@ -94,8 +98,11 @@ class EmbedWorker:
             before, after = (at / max(len(all_texts), 1) for at in (first_text, stop))
             usage = Usage(
                 num_tokens=round(answer.num_tokens * after) - round(answer.num_tokens * before),  # they add up exactly
-                embed_s=round(seconds * (after - before), 6),
+                num_padded_tokens=round(answer.num_padded_tokens * after) - round(answer.num_padded_tokens * before),
+                embed_s=round(answer.held_s * (after - before), 6),
+                busy_s=round(answer.busy_s * (after - before), 6),
                 device=getattr(self._model, "device", ""),
+                backend=getattr(self._model, "backend", ""),
                 slug=self._model.slug() if self._work.model.provider == registry.CUSTOM else "",
                 created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             )
@@ -108,9 +115,12 @@ class EmbedWorker:
 
     async def _answer(self, texts: list[str]) -> Embeddings:
         """Embed texts; the dimension is known even if there are none."""
-        answer = await self._model.embed_rows(texts)
-        if not len(answer.vectors):
-            answer.vectors = answer.vectors.reshape(0, await self._model.dimension())
+        async with self._gate:
+            started = time.perf_counter()
+            answer = await self._model.embed_rows(texts)
+            if not len(answer.vectors):
+                answer.vectors = answer.vectors.reshape(0, await self._model.dimension())
+            answer.held_s = answer.held_s or time.perf_counter() - started
         return answer
 
     def _kept_columns(self, item: Item) -> pa.Table:
@@ -166,6 +176,7 @@ def _rejects(rows: pa.Table, reasons: dict[int, str]) -> list[Reject]:
 def _set_threads(num_threads: int) -> None:
     """Give the model as many threads as the actor has cores: Ray starts its processes with one."""
     os.environ["OMP_NUM_THREADS"] = str(num_threads)  # what torch goes by when it is imported; not every model needs it
+    os.environ["RAYON_NUM_THREADS"] = str(num_threads)  # the tokenizer's
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(num_threads)
 

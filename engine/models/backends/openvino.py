@@ -1,0 +1,90 @@
+"""
+The OpenVINO backend: for CPUs, where its kernels are the fastest there are.
+
+The loaded PyTorch model is traced and converted in memory, pooling and all, so that whatever sentence-transformers would compute
+is what runs; nothing is exported to a file, and no second library describes the model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import openvino as ov
+import torch
+
+from engine.models.backends.base import Backend, Batch
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from engine.models.base import Vectors
+
+PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+"""Hints: a CPU that cannot compute in 16 bits computes in 32, which is never less exact."""
+
+
+class OpenVinoBackend(Backend):
+    """
+    A sentence-transformers model, converted.
+
+    Args:
+        model: In float32, on the CPU. Its attention is switched to the plain implementation, which converts whole.
+        dtype: float32, bfloat16 or float16.
+        num_streams: Batches at a time, each on one core. Streams do not wait for each other, as the threads of one batch do.
+    """
+
+    name = "openvino"
+    device = "cpu"
+
+    def __init__(self, model: SentenceTransformer, dtype: str, num_streams: int) -> None:
+        self.num_streams = num_streams
+        model[0].auto_model.set_attn_implementation("eager")
+        settings = {
+            "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # never int8 behind our back
+            "NUM_STREAMS": num_streams,
+            "INFERENCE_NUM_THREADS": num_streams,
+            "ENABLE_CPU_PINNING": False,  # several actors of a machine would all be pinned to its first cores
+        }
+        self._compiled = ov.Core().compile_model(_converted(model), "CPU", settings)
+        self._idle: deque[Any] = deque(self._compiled.create_infer_request() for _ in range(num_streams))
+
+    @property
+    def precision(self) -> str:
+        """What the CPU computes in: f32, bf16 or f16."""
+        return str(self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
+
+    def __call__(self, batch: Batch) -> Vectors:
+        """Compute in one of the streams."""
+        request = self._idle.pop()
+        try:
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            vectors = request.infer(inputs, share_inputs=True, share_outputs=True)[0]
+            return np.array(vectors, np.float32)  # a copy: the request uses its buffer again
+        finally:
+            self._idle.append(request)
+
+
+class _Traceable(torch.nn.Module):
+    def __init__(self, model: SentenceTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        vectors: torch.Tensor = self.model({"input_ids": input_ids, "attention_mask": attention_mask})[
+            "sentence_embedding"
+        ]
+        return vectors
+
+
+def _converted(model: SentenceTransformer) -> Any:
+    """Trace a model over two texts of which one is padded, so that no branch on padding is taken for settled."""
+    mask = torch.ones(2, 8, dtype=torch.int64)
+    mask[0, 6:] = 0
+    example = {"input_ids": torch.ones(2, 8, dtype=torch.int64), "attention_mask": mask}
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch.jit's, of what the check of the vectors finds out
+        return ov.convert_model(_Traceable(model.eval()), example_input=example)

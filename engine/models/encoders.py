@@ -1,0 +1,213 @@
+"""Encoders: from texts to vectors, by packed batches through a backend, or through a model's own `encode`."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.batching import pack
+from engine.errors import InputRejected
+from engine.models.backends.base import Batch, is_out_of_memory
+from engine.models.device_queue import DeviceQueue
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from engine.batching import Positions
+    from engine.models.backends.base import Backend
+    from engine.models.base import Vectors
+    from engine.models.token_budget import TokenBudget
+    from engine.models.tokens import Tokenizer, Tokens
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Encoded:
+    """What an encoder made of a list of texts."""
+
+    vectors: Vectors
+    """Shape (texts, dimension), float32; rows of texts that failed hold anything."""
+    failed: dict[int, Exception] = field(default_factory=dict)
+    """Positions among the texts, and why."""
+    num_tokens: int = 0
+    num_padded_tokens: int = 0
+    held_s: float = 0.0
+    busy_s: float = 0.0
+
+
+class Encoder(ABC):
+    """Turns texts into vectors; may be called from several threads at once."""
+
+    backend_name: str
+    device: str
+
+    @abstractmethod
+    def __call__(self, texts: Sequence[str]) -> Encoded:
+        """Encode texts that are neither empty nor blank. What concerns single texts is told, not raised."""
+
+    def close(self) -> None:
+        """Release threads; the encoder is not used afterwards."""
+        return
+
+
+class PackedEncoder(Encoder):
+    """
+    Tokenizes all texts at once, packs them by length under a budget of padded tokens, and puts the vectors back in order.
+
+    A device that runs out of memory halves the budget, down to single texts; one that does not fit alone has failed.
+
+    Args:
+        tokenizer: The model's.
+        backend: The model, on its device.
+        budget: Of padded tokens.
+        max_rows: Texts a batch at most, whatever the budget.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, backend: Backend, budget: TokenBudget, max_rows: int | None = None
+    ) -> None:
+        self.backend_name = backend.name
+        self.device = backend.device
+        self.budget = budget
+        self._tokenizer = tokenizer
+        self._queue = DeviceQueue(backend)
+        self._max_rows = max_rows
+
+    def __call__(self, texts: Sequence[str]) -> Encoded:
+        """Encode texts; only their tokens and their vectors are held as a whole."""
+        tokens = self._tokenizer(texts)
+        encoded = Encoded(np.empty((len(texts), 0), np.float32))
+        budgets = self.budget.on_trial(int(tokens.starts[-1]))
+        todo = self._packed(tokens, np.arange(len(texts)), budgets)
+        logger.debug("%d texts in %d batches of up to %s padded tokens", len(texts), len(todo), budgets)
+        giants: list[Positions] = []
+        while todo:
+            too_large = self._run(tokens, todo, encoded)
+            giants += [positions for positions in too_large if len(positions) == 1]
+            many = [positions for positions in too_large if len(positions) > 1]
+            todo = self._packed(tokens, np.concatenate(many), (self.budget.value,)) if many else []
+        # Single texts that did not fit are tried once more with nothing beside them, and then given up.
+        for positions in self._run(tokens, [(1, positions) for positions in giants], encoded, alone=True):
+            at = int(positions[0])
+            encoded.failed[at] = InputRejected(
+                f"the device has no memory for its {tokens.lengths[at]} tokens: allow fewer (--max-length)"
+            )
+        return encoded
+
+    def close(self) -> None:
+        """End the threads of the backend's streams."""
+        self._queue.close()
+
+    def _packed(self, tokens: Tokens, positions: Positions, budgets: Sequence[int]) -> list[tuple[int, Positions]]:
+        """Pack texts, dealt out evenly by length if there are several budgets; the longest batches first."""
+        lengths = tokens.lengths[positions]
+        by_length = np.argsort(-lengths, kind="stable")
+        packed = []
+        for number, budget in enumerate(budgets):
+            group = by_length[number :: len(budgets)]
+            batches = pack(lengths[group], max_tokens=budget, max_rows=self._max_rows)
+            packed += [(budget, positions[group[batch]]) for batch in batches]
+        if len(budgets) > 1:
+            packed.sort(key=lambda batch: -int(tokens.lengths[batch[1][0]]))
+        return packed
+
+    def _filled(self, tokens: Tokens, packed: Sequence[tuple[int, Positions]]) -> Iterator[Batch]:
+        num_shares = max(self._queue.backend.num_streams // max(len(packed), 1), 1)
+        for budget, positions in packed:
+            ids, mask = tokens.padded(positions, pad_id=self._tokenizer.pad_id, pad_left=self._tokenizer.pad_left)
+            yield Batch(positions, ids, mask, budget, num_shares)
+
+    def _run(
+        self, tokens: Tokens, packed: Sequence[tuple[int, Positions]], encoded: Encoded, *, alone: bool = False
+    ) -> list[Positions]:
+        """Compute batches and put their vectors in their places; return those for which the device had no memory."""
+        if not packed:
+            return []
+        done, spent = self._queue.run(self._filled(tokens, packed), alone=alone)
+        encoded.held_s += spent.held_s
+        encoded.busy_s += spent.busy_s
+        budgets = {budget for budget, _ in packed}
+        if len(budgets) > 1:
+            self.budget.compare(done, {budget: self._fill(tokens, budget) for budget in budgets})
+        too_large = []
+        for one in done:
+            positions = one.batch.positions
+            if one.vectors is not None:
+                if not encoded.vectors.shape[1]:
+                    encoded.vectors = np.empty((len(encoded.vectors), one.vectors.shape[1]), np.float32)
+                encoded.vectors[positions] = one.vectors
+                encoded.num_tokens += int(tokens.lengths[positions].sum())
+                encoded.num_padded_tokens += one.batch.num_padded_tokens
+            elif one.error is not None and is_out_of_memory(one.error):
+                too_large.append(positions)
+                if len(positions) > 1:
+                    self.budget.halve(one.batch.num_padded_tokens)
+            elif one.error is not None:
+                encoded.failed.update(dict.fromkeys(positions.tolist(), one.error))
+        return too_large
+
+    def _fill(self, tokens: Tokens, budget: int) -> float:
+        """Return which share of the padded tokens would be tokens, if all texts were packed under `budget`."""
+        batches = pack(tokens.lengths, max_tokens=budget, max_rows=self._max_rows)
+        padded = sum(len(batch) * int(tokens.lengths[batch[0]]) for batch in batches)
+        return int(tokens.starts[-1]) / max(padded, 1)
+
+
+class OwnEncoder(Encoder):
+    """
+    A model's own `encode`, for what is not a plain transformer: static embeddings, routers, modules of its own.
+
+    One call at a time, since such a model may keep anything. Tokens are counted as they go into the model.
+    """
+
+    backend_name = "encode"
+
+    def __init__(self, model: SentenceTransformer, prompt: str | None, batch_size: int) -> None:
+        self.device = str(model.device)
+        self._model = model
+        self._prompt = prompt
+        self._batch_size = batch_size
+        self._turn = threading.Lock()
+        self._free_since: float | None = None
+        self._num_tokens = self._num_padded_tokens = 0
+        model.register_forward_pre_hook(self._count_tokens)
+
+    def __call__(self, texts: Sequence[str]) -> Encoded:
+        """Encode texts as the model's authors meant it."""
+        with self._turn:
+            began = time.perf_counter()
+            self._num_tokens = self._num_padded_tokens = 0
+            vectors: npt.NDArray[np.float32] = (
+                self._model.encode(
+                    list(texts),
+                    prompt=self._prompt,
+                    batch_size=self._batch_size,
+                    show_progress_bar=False,
+                    convert_to_tensor=True,
+                )
+                .float()
+                .cpu()
+                .numpy()
+            )
+            now = time.perf_counter()
+            held_s = now - (began if self._free_since is None else self._free_since)
+            self._free_since = now
+            return Encoded(vectors, {}, self._num_tokens, self._num_padded_tokens, held_s, now - began)
+
+    def _count_tokens(self, _module: Any, inputs: tuple[Any, ...]) -> None:
+        features = inputs[0] if inputs and isinstance(inputs[0], Mapping) else {}
+        if "attention_mask" in features:
+            self._num_tokens += int(features["attention_mask"].sum())
+            self._num_padded_tokens += features["attention_mask"].numel()
+        elif "input_ids" in features:  # flattened, without padding
+            self._num_tokens += features["input_ids"].numel()
+            self._num_padded_tokens += features["input_ids"].numel()

@@ -1,0 +1,213 @@
+"""Local models: which device, which backend, and the encoder that fits a loaded model best."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from engine.errors import ConfigError
+from engine.models import model_files
+from engine.models.backends.base import Batch
+from engine.models.backends.pytorch import PyTorchBackend
+from engine.models.cores import num_cores
+from engine.models.encoders import Encoder, OwnEncoder, PackedEncoder
+from engine.models.token_budget import TokenBudget
+from engine.models.tokens import PROBES, Tokenizer, Tokens
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from engine.models.backends.base import Backend
+    from engine.models.base import Vectors
+
+logger = logging.getLogger(__name__)
+
+LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.9995, "float16": 0.9995}
+"""Between a vector and the one that PyTorch computes in float32: what a dtype promises (docs/decisions/0008)."""
+MAX_PROBE_TOKENS = 128
+"""Of each text that a conversion is checked with: enough for padding and positions, and no minute of a large model's time."""
+DEFAULT_BATCH_SIZE = {"cpu": 16, "cuda": 256}
+"""Of a model's own `encode`: on CPUs small batches pad less, and are faster (FACTS.md); on GPUs large ones fill the device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What a model will run on, and why."""
+
+    device: str
+    backend: str
+    why: str
+
+    @property
+    def kind(self) -> str:
+        """The kind of device, such as cpu, cuda or mps."""
+        return self.device.partition(":")[0]
+
+
+def chosen(device: str, backend: str) -> Chosen:
+    """
+    Choose the device and the backend.
+
+    Args:
+        device: auto takes the GPU that Ray left visible, or Apple's, or the CPU.
+        backend: auto takes OpenVINO on CPUs, if it is installed, and else PyTorch.
+
+    Raises:
+        ConfigError: If what was asked for by name is not there.
+    """
+    found = _device(device)
+    is_cpu = found.partition(":")[0] == "cpu"
+    has_openvino = find_spec("openvino") is not None
+    if backend == "openvino":
+        if not is_cpu:
+            raise ConfigError(f"backend openvino: it is for CPUs here, and the device is {found}; use --backend torch")
+        if not has_openvino:
+            raise ConfigError("backend openvino: it is not installed; pip install 'embedding-engine[cpu]'")
+        return Chosen(found, "openvino", "asked for")
+    if backend == "torch":
+        return Chosen(found, "torch", "asked for, or enough for so little text")
+    if is_cpu and has_openvino:
+        return Chosen(found, "openvino", "the fastest on CPUs")
+    if is_cpu:
+        return Chosen(
+            found, "torch", "OpenVINO, which is faster on CPUs, is not installed: pip install 'embedding-engine[cpu]'"
+        )
+    return Chosen(found, "torch", "the fastest on this device")
+
+
+def load(
+    name: str, chosen: Chosen, *, dtype: str, revision: str | None, trust_remote_code: bool
+) -> SentenceTransformer:
+    """
+    Load a model: in float32 if it is to be converted, which brings it to `dtype` itself.
+
+    Raises:
+        ConfigError: If there is no such model, or it cannot be loaded here.
+    """
+    from sentence_transformers import SentenceTransformer
+    from transformers.utils.logging import disable_progress_bar
+
+    folder = model_files.folder_of(name)
+    disable_progress_bar()  # in an actor it would be noise in the driver's log
+    try:
+        return SentenceTransformer(
+            str(folder) if folder else model_files.hub_name(name),
+            device=chosen.device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            model_kwargs={"dtype": torch.float32 if chosen.backend == "openvino" else getattr(torch, dtype)},
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:  # RuntimeError: a device that torch does not know
+        raise ConfigError(f"the model {name} cannot be loaded: {type(error).__name__}: {error}") from None
+
+
+def encoder(
+    model: SentenceTransformer,
+    chosen: Chosen,
+    *,
+    dtype: str,
+    prompt: str | None,
+    max_rows: int | None,
+    batch_tokens: int | None,
+) -> Encoder:
+    """
+    Return the fastest encoder that gives a model's own vectors, and say in one log line which it is.
+
+    Args:
+        model: As `load` left it. It is used up: converted, or brought to `dtype`.
+        chosen: Device and backend.
+        dtype: To compute in.
+        prompt: Put before every text.
+        max_rows: Texts a batch at most.
+        batch_tokens: Padded tokens a batch; None to find out.
+    """
+    tokenizer = Tokenizer.of(model, prompt)
+    if tokenizer is None:
+        if chosen.backend == "openvino":
+            logger.warning("backend openvino: %s is not a plain transformer; its own encode is used", _name(model))
+        size = max_rows or DEFAULT_BATCH_SIZE.get(chosen.kind, DEFAULT_BATCH_SIZE["cpu"])
+        _log(model, chosen.device, "its own encode", dtype, "it is not a plain transformer with pooling")
+        return OwnEncoder(_cast(model, dtype), prompt, size)
+    backend = _converted(model, tokenizer, dtype) if chosen.backend == "openvino" else None
+    if backend is None:
+        why = chosen.why if chosen.backend == "torch" else "OpenVINO cannot run it"
+        backend = PyTorchBackend(_cast(model, dtype))
+    else:
+        why = chosen.why
+    _log(model, backend.device, backend.name, dtype, why)
+    return PackedEncoder(tokenizer, backend, TokenBudget(chosen.kind, batch_tokens), max_rows)
+
+
+def _converted(model: SentenceTransformer, tokenizer: Tokenizer, dtype: str) -> Backend | None:
+    """Convert a model to OpenVINO, and hold its vectors against PyTorch's; None, with a warning, if they are others."""
+    probes = _probe_batch(tokenizer)
+    with ThreadPoolExecutor(1) as stream:  # a backend changes the number of threads of the thread that calls it
+        expected = stream.submit(PyTorchBackend(model), probes).result()
+    attention = getattr(model[0].auto_model.config, "_attn_implementation", None)
+    try:
+        from engine.models.backends.openvino import OpenVinoBackend
+
+        backend = OpenVinoBackend(model, dtype, num_cores())
+        lowest = _lowest_cosine(backend(probes), expected)
+    except Exception as error:  # whatever a converter makes of modules that it has never seen
+        logger.warning("backend torch: OpenVINO cannot convert %s (%s)", _name(model), type(error).__name__)
+    else:
+        if lowest >= LEAST_COSINE[dtype]:
+            return backend
+        logger.warning(
+            "backend torch: OpenVINO's vectors of %s are not the model's own (cosine %.6f, and %s promises %s)",
+            _name(model),
+            lowest,
+            dtype,
+            LEAST_COSINE[dtype],
+        )
+    if attention:
+        model[0].auto_model.set_attn_implementation(attention)
+    return None
+
+
+def _probe_batch(tokenizer: Tokenizer) -> Batch:
+    """Make a batch of rows with much, little and no padding."""
+    found = tokenizer([*PROBES, *(text[: len(text) // 2] for text in PROBES)])
+    bounds = zip(found.starts[:-1], found.starts[1:], strict=True)
+    tokens = Tokens.of([found.ids[start:stop][:MAX_PROBE_TOKENS].tolist() for start, stop in bounds])
+    positions = np.arange(len(tokens.starts) - 1)
+    ids, mask = tokens.padded(positions, pad_id=tokenizer.pad_id, pad_left=tokenizer.pad_left)
+    return Batch(positions, ids, mask, ids.size)
+
+
+def _lowest_cosine(one: Vectors, other: Vectors) -> float:
+    if one.shape != other.shape:
+        return -1.0
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    return float(np.min(np.sum(one * other, axis=1) / lengths))
+
+
+def _device(device: str) -> str:
+    if device == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    if device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device {device}: torch {torch.__version__} sees no CUDA device here; use --device cpu or auto"
+        )
+    return device
+
+
+def _cast(model: SentenceTransformer, dtype: str) -> SentenceTransformer:
+    return model if dtype == "float32" else model.to(getattr(torch, dtype))
+
+
+def _name(model: SentenceTransformer) -> str:
+    return str(getattr(model[0].config, "model_type", "")) or type(model[0]).__name__
+
+
+def _log(model: SentenceTransformer, device: str, backend: str, dtype: str, why: str) -> None:
+    logger.info("model initialised: %s on %s in %s by %s: %s", _name(model), device, dtype, backend, why)
