@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openvino as ov
 import torch
+from transformers.utils import logging
 
 from engine.models.backends.base import Backend, Batch
 
@@ -85,6 +88,18 @@ def _converted(model: SentenceTransformer) -> Any:
     mask = torch.ones(2, 8, dtype=torch.int64)
     mask[0, 6:] = 0
     example = {"input_ids": torch.ones(2, 8, dtype=torch.int64), "attention_mask": mask}
-    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
-        warnings.simplefilter("ignore")  # torch.jit's, of what the check of the vectors finds out
+    with _hushed(), torch.inference_mode(False), torch.no_grad():
         return ov.convert_model(_Traceable(model.eval()), example_input=example)
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep off the screen what tracing warns of, since the vectors are checked anyway."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
