@@ -75,7 +75,8 @@ class ModelConfig(BaseModel):
     batch_tokens: int | None = Field(
         None,
         ge=1,
-        description="tokens, padding among them, that go through a local model together; by default measured on the job's texts",
+        description="tokens, padding among them, that go through a local model together; auto, the default, finds out on the "
+        "job's own texts",
     )
 
     @field_validator("model")
@@ -85,6 +86,11 @@ class ModelConfig(BaseModel):
         if not (separator and provider and name):
             raise ValueError(f"{value!r} is not provider:name, such as {DEFAULT_MODEL}")
         return value
+
+    @field_validator("batch_tokens", mode="before")
+    @classmethod
+    def _auto_is_none(cls, value: Any) -> Any:
+        return None if value == "auto" else value
 
     @field_validator("model_args")
     @classmethod

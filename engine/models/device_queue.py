@@ -99,4 +99,4 @@ class DeviceQueue:
             free_since = began if self._free_since is None else self._free_since
             self._free_since = now
         busy = sum(one.seconds for one in done) / self.backend.num_streams
-        return DeviceTime(now - free_since, min(busy, now - free_since))
+        return DeviceTime(now - free_since, busy)

@@ -78,11 +78,12 @@ class PyTorchBackend(Backend):
         return vectors
 
     def _on_stream(self, batch: Batch) -> Vectors:
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream()) as _:
+        stream = self._stream()
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
             vectors = self._forward(_tensors(batch, self._device, pin=True)).float()
             host = torch.empty(vectors.shape, dtype=torch.float32, pin_memory=True)
             host.copy_(vectors, non_blocking=True)
-            self._stream().synchronize()
+            stream.synchronize()
         return np.array(host.numpy())  # pinned memory is scarce, and goes back to its pool
 
     def _stream(self) -> torch.cuda.Stream:
