@@ -1,0 +1,173 @@
+"""
+Local models side by side: `SentenceTransformer.encode`, Ray Data's recipe, Daft and the engine, over the same texts.
+
+    python benchmarks/local.py                          about twenty minutes on two cores
+    python benchmarks/local.py --parts rates --rounds 1 --short-rows 2560 --long-rows 320    a look
+    python benchmarks/local.py --parts topology         one actor of all cores, or one for each core
+    python benchmarks/local.py --device cuda            on a GPU: bfloat16 and float16 too, larger batches, more rows
+
+The texts are real, and the model is the real all-MiniLM-L6-v2, from a package: chat messages of about 15 tokens, and
+conversations of very different lengths, cut by the model to 256. Each way embeds in a fresh process. In a round every way has one
+turn for each kind of text, and each round begins with another way, so that a machine that slows down slows all.
+
+rates
+    Texts a second in the steady state, without cold starts. `encode` is called once with all texts in memory, after a warm-up,
+    with the batch size that was best on a sample before. The pool is encode's own, a process of one thread for each core. The
+    recipe of Ray's documentation runs as it is written there, and tuned (`local_ways.ray_recipe` says how, and how both are
+    timed). The bare loop reads the engine's shards and calls the engine's model; it and the engine, which also writes, count
+    from the end of their first shard (`local_ways.end_to_end`). What is not ours is slow, and embeds half of the texts, which
+    are of the same mix (`local_texts.dealt`). A few hundred texts tell nothing: with few bytes the engine takes PyTorch.
+    Cosines are to encode in float32; padding is its share of the tokens that are computed; idle is the device's time without
+    a batch. A way's share of the peak is its FLOPs over its texts' own tokens, without padding, beside the best matrix
+    multiplication that torch does in the same dtype in the same rounds.
+cold
+    From nothing to the vectors of 1,000 short texts on disk: `python -m engine run` and a script with `encode`, in turn.
+inline
+    `engine.embed` beside `encode` (as it is called by default) in one warm process, call by call.
+topology
+    On CPUs: one actor of all cores beside one of each core, end to end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from os import cpu_count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import corpus, local_report
+from benchmarks.local_rounds import DTYPES, Bench, progress, rates, topology
+from benchmarks.local_texts import MODEL, model_folder, text_set
+from benchmarks.measure import ROOT, environment, fresh
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from benchmarks.local_texts import Row, TextSet
+
+PARTS = ("rates", "cold", "inline", "topology")
+KINDS = {"short": "messages", "long": "conversations"}
+ENCODE_BATCHES = {"cpu": "8,16,32,64", "cuda": "64,256,1024"}
+ROWS = {"cpu": (5120, 640), "cuda": (196_608, 21_504)}
+SHARD_ROWS = {"cpu": "512,64", "cuda": "16384,1792"}
+FEW_TEXTS = 1000
+INLINE_TEXTS = (1, 10, 100, 1000)
+ENCODE_SCRIPT = """
+import sys
+import pyarrow as pa, pyarrow.parquet as pq
+from sentence_transformers import SentenceTransformer
+source, output, folder, device = sys.argv[1:]
+table = pq.read_table(source)
+vectors = SentenceTransformer(folder, device=device).encode(table["text"].to_pylist(), batch_size=32)
+flat = pa.array(vectors.reshape(-1))
+pq.write_table(table.append_column("embedding", pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])), output)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = _options(argv)
+    parts = options.parts.split(",")
+    with tempfile.TemporaryDirectory(prefix="engine-local-", dir=options.folder) as name:
+        bench = Bench(options.device, options.rounds, Path(name))
+        results: dict[str, Any] = {"device": options.device, "cores": cpu_count(), "parts": parts}
+        sets = text_sets(bench, options) if {"rates", "topology"} & set(parts) else []
+        if "rates" in parts:
+            results |= rates(bench, sets, [int(size) for size in options.encode_batches.split(",")])
+        if "topology" in parts:
+            results |= topology(bench, sets)
+        few = corpus.write(bench.folder / "few.parquet", corpus.sample("messages", FEW_TEXTS))
+        if "cold" in parts:
+            results["cold"] = cold_starts(bench, few, options.cold_starts)
+        if "inline" in parts:
+            results["inline"] = inline(bench, few)
+    results |= {"skipped": bench.skipped, "failed": bench.failed}
+    if options.json:
+        print(json.dumps(results, indent=2))
+    else:
+        local_report.show(results)
+    sys.exit(1 if bench.failed else 0)
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Local models side by side.")
+    parser.add_argument("--parts", default="rates,cold,inline", help=f"which of {', '.join(PARTS)} (%(default)s)")
+    parser.add_argument("--device", choices=sorted(DTYPES), default="cpu", help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of all ways (%(default)s)")
+    parser.add_argument("--short-rows", type=int, help=f"messages; 0: none ({_defaults(ROWS, 0)})")
+    parser.add_argument("--long-rows", type=int, help=f"conversations; 0: none ({_defaults(ROWS, 1)})")
+    parser.add_argument("--shard-rows", help=f"rows of a shard of messages, of conversations ({_defaults(SHARD_ROWS)})")
+    parser.add_argument("--encode-batches", help=f"batch sizes to choose encode's from ({_defaults(ENCODE_BATCHES)})")
+    parser.add_argument("--cold-starts", type=int, default=3, help="of each way (%(default)s)")
+    parser.add_argument("--folder", help="where to make temporary files (the system's folder for them)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    options = parser.parse_args(argv)
+    if unknown := set(options.parts.split(",")) - set(PARTS):
+        parser.error(f"--parts: {', '.join(sorted(unknown))}: not one of {', '.join(PARTS)}")
+    short, long = ROWS[options.device]
+    options.short_rows = short if options.short_rows is None else options.short_rows
+    options.long_rows = long if options.long_rows is None else options.long_rows
+    options.shard_rows = options.shard_rows or SHARD_ROWS[options.device]
+    options.encode_batches = options.encode_batches or ENCODE_BATCHES[options.device]
+    return options
+
+
+def _defaults(of_devices: dict[str, Any], at: int | None = None) -> str:
+    return ", ".join(f"{device}: {value if at is None else value[at]}" for device, value in of_devices.items())
+
+
+def text_sets(bench: Bench, options: argparse.Namespace) -> list[TextSet]:
+    """Draw the texts, and have their references made."""
+    shard_rows = [int(rows) for rows in options.shard_rows.split(",")]
+    if len(shard_rows) != len(KINDS):
+        raise SystemExit(f"--shard-rows: {options.shard_rows} is not two numbers with a comma between them")
+    sets = []
+    for (name, kind), rows, of_shard in zip(
+        KINDS.items(), (options.short_rows, options.long_rows), shard_rows, strict=True
+    ):
+        if rows:
+            progress.print(f"{name}: the reference of {rows:,} {kind}", style="dim")
+            sets.append(text_set(name, kind, rows, of_shard, bench.folder, bench.device))
+    return sets
+
+
+def cold_starts(bench: Bench, source: str, count: int) -> Row:
+    """Return seconds from the start of a process to its end, in which it embedded a few texts from file to file."""
+    seconds: dict[str, list[float]] = {"engine_s": [], "encode_s": []}
+    for number in range(count):
+        output = str(bench.folder / f"cold-{number}")
+        job = ["--source", source, "--output", output, "--model", MODEL, "--device", bench.device]
+        script = [source, f"{output}.parquet", model_folder(), bench.device]
+        seconds["engine_s"].append(_seconds("-m", "engine", "run", *job))
+        seconds["encode_s"].append(_seconds("-c", ENCODE_SCRIPT, *script))
+        said = ", ".join(f"{name.removesuffix('_s')} {taken[-1]:.1f} s" for name, taken in seconds.items())
+        progress.print(f"cold start {number + 1}: {said}", style="dim")
+    return {"texts": FEW_TEXTS, **seconds}
+
+
+def _seconds(*arguments: str) -> float:
+    command = [sys.executable, *arguments]
+    began = time.perf_counter()
+    subprocess.run(
+        command, cwd=ROOT, env=environment(), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    return time.perf_counter() - began
+
+
+def inline(bench: Bench, source: str) -> list[Row]:
+    """Return the seconds of a call with so many texts, of `engine.embed` and of `encode`."""
+    progress.print("inline", style="dim")
+    rows: list[Row] = fresh(
+        "benchmarks.local_ways:inline", texts={"source": source}, device=bench.device, counts=INLINE_TEXTS
+    ).result
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""
+The ways to embed that `local.py` compares, and what else it measures in processes of their own.
+
+Each way takes the texts that it is to embed (`TextSet.given`) and returns texts a second in the steady state, the lowest cosine
+to the reference, and what is known of padding, backend and idle device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import time
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+
+from benchmarks.local_texts import MODEL, encode_padding, load, lowest_cosine, model_folder, values_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from benchmarks.local_texts import Row, Vectors
+    from engine.schema import CommitRecord
+
+WARM_UP_BATCHES = 4
+
+
+def encode(texts: Row, dtype: str, device: str, batch_size: int) -> Row:
+    """Call `SentenceTransformer.encode` once with all texts, after a warm-up."""
+    model = load(device, dtype)
+    values = values_of(texts)
+    model.encode(values[: WARM_UP_BATCHES * batch_size], batch_size=batch_size, show_progress_bar=False)
+    began = time.perf_counter()
+    vectors = model.encode(values, batch_size=batch_size, show_progress_bar=False)
+    rate = len(values) / (time.perf_counter() - began)
+    return _result(texts, vectors, rate, padding=encode_padding(texts, batch_size))
+
+
+def encode_pool(texts: Row, batch_size: int) -> Row:
+    """Call `encode` with a pool of processes, one for each core and of one thread each; their start is not counted."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # which the processes of the pool inherit
+    num_processes = _num_cores()
+    model = load("cpu")
+    values = values_of(texts)
+    pool = model.start_multi_process_pool(["cpu"] * num_processes)
+    try:
+        warm_up = values[: WARM_UP_BATCHES * batch_size * num_processes]
+        model.encode(warm_up, pool=pool, batch_size=batch_size, chunk_size=batch_size)
+        began = time.perf_counter()
+        vectors = model.encode(values, pool=pool, batch_size=batch_size)
+        rate = len(values) / (time.perf_counter() - began)
+    finally:
+        model.stop_multi_process_pool(pool)
+    chunk_rows = min(-(-len(values) // num_processes // 10), 5000)  # as the library cuts them
+    return _result(texts, vectors, rate, padding=encode_padding(texts, batch_size, chunk_rows))
+
+
+class Predictor:
+    """What Ray's documentation has one write for batch inference; it also notes who was done with which rows when."""
+
+    def __init__(self, folder: str, device: str, batch_size: int) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        self.model = SentenceTransformer(folder, device=device)
+        self.batch_size = batch_size
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Add the vectors of a batch."""
+        batch["embedding"] = self.model.encode(list(batch["text"]), batch_size=self.batch_size)
+        batch["actor"] = np.full(len(batch["row"]), os.getpid())
+        batch["done_at"] = np.full(len(batch["row"]), time.time())
+        return batch
+
+
+def ray_recipe(texts: Row, output: str, device: str, batch_size: int, call_rows: int, tuned: bool) -> Row:
+    """
+    Read, `map_batches` of a class that calls `encode`, write: actors of one CPU, or of one GPU.
+
+    The steady state is the sum over actors of their rows after their first batch, over the time from then to their last: so
+    neither starts nor waits for the last actor count, nor does the writing of the last rows.
+
+    Args:
+        texts: To embed.
+        output: Folder to write to.
+        device: Of the model.
+        batch_size: Of `encode`.
+        call_rows: Of `map_batches`: texts that `encode` is called with.
+        tuned: As documented, Ray runs a single actor on two cores: small inputs are one block, and the last core is kept for
+            reading and writing, since a pool that takes all cores never reads a row. To be tuned is to cut the blocks by hand,
+            and to tell Ray of one core more than there is, so that every core has its actor.
+    """
+    import ray
+    import ray.data
+
+    on_gpu = device == "cuda"
+    ray.init(include_dashboard=False, logging_level="ERROR", num_cpus=_num_cores() + 1 if tuned else None)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    most = int(ray.cluster_resources()["GPU"]) if on_gpu else _num_cores()
+    rows = ray.data.read_parquet(texts["source"])
+    if tuned:
+        rows = rows.repartition(-(-texts["rows"] // call_rows))
+    rows.map_batches(
+        Predictor,
+        fn_constructor_args=(model_folder(), device, batch_size),
+        batch_size=call_rows,
+        num_cpus=1,
+        num_gpus=1 if on_gpu else None,
+        compute=ray.data.ActorPoolStrategy(min_size=most if tuned else 1, max_size=most),
+    ).write_parquet(output)
+    ray.shutdown()
+    rate, num_actors = _recipe_steady_state(output)
+    padding = encode_padding(texts, batch_size, call_rows)
+    return _result(texts, _written(output), rate, padding=padding, backend=f"actors: {num_actors}")
+
+
+def daft(texts: Row, warm_up: Row, output: str) -> Row:
+    """Daft's `embed_text`, Parquet to Parquet; to leave its start out, a run over a few texts is taken off one over all."""
+    from daft import col, read_parquet
+    from daft.functions import embed_text
+
+    def run(source: str, target: str) -> float:
+        began = time.perf_counter()
+        vectors = embed_text(col("text"), provider="transformers", model=model_folder())
+        read_parquet(source).with_column("embedding", vectors).write_parquet(target)
+        return time.perf_counter() - began
+
+    start_s = run(warm_up["source"], f"{output}-warm-up")
+    rate = (texts["rows"] - warm_up["rows"]) / (run(texts["source"], output) - start_s)
+    return _result(texts, _written(output), rate)
+
+
+def loop(texts: Row, output: str, dtype: str, device: str, shard_rows: int) -> Row:
+    """Do what an actor of the engine does, and nothing else; count from the end of the first shard to that of the last."""
+    from engine.config import load_config
+    from engine.models import registry
+    from engine.pipeline import resources
+    from engine.pipeline.worker import _set_threads
+    from engine.sources import texts as sources
+    from engine.sources.parquet import read_shards
+    from engine.survey import survey
+
+    config = load_config(**_job(texts, output, dtype, device, shard_rows))
+    plan = survey(config).standing.plan
+    node = {"CPU": float(_num_cores()), "GPU": float(device == "cuda")}
+    if num_threads := resources.decide(config, [node], len(plan.pending)).num_threads:
+        _set_threads(num_threads)
+    model = registry.build(registry.suited(config.of_model(), plan.pending_bytes))
+    events = asyncio.new_event_loop()
+    answers, ends = [], []
+    for _, shards in groupby(plan.pending, lambda shard: shard.file):
+        for table in read_shards(list(shards), [config.text_column]):
+            rows, _, _ = sources.split(sources.values_of(table.column(config.text_column)))
+            answers.append(events.run_until_complete(model.embed_rows(rows)))
+            ends.append(time.perf_counter())
+    rate = sum(len(answer.vectors) for answer in answers[1:]) / max(ends[-1] - ends[0], 1e-9)
+    return _result(
+        texts,
+        np.concatenate([answer.vectors for answer in answers]),
+        rate,
+        padding=1 - sum(one.num_tokens for one in answers) / max(sum(one.num_padded_tokens for one in answers), 1),
+        device_idle=1 - sum(one.busy_s for one in answers) / sum(one.held_s for one in answers),
+        backend=getattr(model, "backend", ""),
+    )
+
+
+def end_to_end(
+    texts: Row, output: str, dtype: str, device: str, shard_rows: int, options: dict[str, Any] | None = None
+) -> Row:
+    """
+    Run the engine, Parquet to Parquet, and count its steady state (`_own_steady_state`).
+
+    Its own `rows_per_s` counts from receipt to receipt. The first comes late, as the publisher starts and Ray looks after it, which
+    flatters a run of seconds by a tenth and more.
+    """
+    import engine
+
+    job = _job(texts, output, dtype, device, shard_rows) | (options or {})
+    result = engine.run(progress=False, **job)
+    return _result(
+        texts,
+        _written(f"{output}/data"),
+        _own_steady_state(output, result.num_actors),
+        padding=result.padding_share,
+        device_idle=result.device_idle_share,
+        backend=result.backend,
+        said_rows_per_s=result.rows_per_s,
+        start_s=result.start_s,
+    )
+
+
+def batch_rates(texts: Row, dtype: str, device: str, batch_sizes: Sequence[int]) -> dict[str, float]:
+    """Return texts a second of `encode` for each batch size, the better of two turns."""
+    model = load(device, dtype)
+    values = values_of(texts)
+    model.encode(values[: max(batch_sizes)], show_progress_bar=False)
+    seconds: dict[int, list[float]] = {size: [] for size in batch_sizes}
+    for size in (*batch_sizes, *batch_sizes):
+        began = time.perf_counter()
+        model.encode(values, batch_size=size, show_progress_bar=False)
+        seconds[size].append(time.perf_counter() - began)
+    return {str(size): len(values) / min(taken) for size, taken in seconds.items()}
+
+
+def inline(texts: Row, device: str, counts: Sequence[int]) -> list[Row]:
+    """Call `engine.embed` and `encode` in turn with so many texts, both warm; return the median seconds of each."""
+    import engine
+
+    model = load(device)
+    values = values_of(texts)
+    ways = {
+        "engine_s": lambda some: engine.embed(some, model=MODEL, device=device),
+        "encode_s": lambda some: model.encode(some, show_progress_bar=False),
+    }
+    rows = []
+    for count in counts:
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for number in range(1 + max(5, min(30, 1000 // count))):
+            start = number * count % max(len(values) - count, 1)
+            for name, embed in ways.items():
+                began = time.perf_counter()
+                embed(values[start : start + count])
+                seconds[name].append(time.perf_counter() - began)
+        rows.append({"texts": count} | {name: statistics.median(taken[1:]) for name, taken in seconds.items()})
+    return rows
+
+
+def _job(texts: Row, output: str, dtype: str, device: str, shard_rows: int) -> dict[str, Any]:
+    return {
+        "source": texts["source"],
+        "output": output,
+        "model": MODEL,
+        "id_column": "row",
+        "dtype": dtype,
+        "device": device,
+        "shard_rows": shard_rows,
+    }
+
+
+def _num_cores() -> int:
+    return os.cpu_count() or 1
+
+
+def _result(texts: Row, vectors: Vectors, texts_per_s: float, **more: Any) -> Row:
+    return {"texts_per_s": texts_per_s, "cosine": lowest_cosine(vectors, texts), **more}
+
+
+def _written(folder: str) -> Vectors:
+    """Return the vectors of a folder of Parquet, in the order of the texts."""
+    table = pads.dataset(folder, format="parquet").to_table(columns=["row", "embedding"])
+    column = table.column("embedding").combine_chunks()
+    values = column.storage if isinstance(column, pa.ExtensionArray) else column  # Ray has a type for tensors
+    vectors = values.flatten().to_numpy().reshape(len(values), -1)
+    return vectors[np.argsort(table.column("row").to_numpy())]
+
+
+def _own_steady_state(output: str, num_actors: int) -> float:
+    """
+    Return rows a second of an output of the engine after each actor's first shard: the lower of two counts.
+
+    By devices: each shard's record says for how long the device was its own, from the end of the shard before; as the recipe, this
+    leaves out starts and the last writes. By disk: from the first part to the last, in case that writing is slower.
+    """
+    from engine.ledger import Ledger
+    from engine.storage import open_storage
+
+    def written_at(record: CommitRecord) -> float:
+        return Path(output, f"data/part-{record.shard_id}.parquet").stat().st_mtime
+
+    records = sorted(Ledger(open_storage(output)).records(), key=written_at)
+    later = records[num_actors:]
+    if not later:
+        raise SystemExit("too few texts: no actor had two shards")
+    by_devices = num_actors * sum(one.num_rows for one in later) / sum(one.usage.embed_s for one in later)
+    by_disk = sum(one.num_rows for one in records[1:]) / (written_at(records[-1]) - written_at(records[0]))
+    return min(by_devices, by_disk)
+
+
+def _recipe_steady_state(folder: str) -> tuple[float, int]:
+    """Return rows a second, added up over the actors that wrote a folder, and how many these were."""
+    table = pads.dataset(folder, format="parquet").to_table(columns=["actor", "done_at"])
+    actors, ends = table.column("actor").to_numpy(), table.column("done_at").to_numpy()
+    rate = 0.0
+    for actor in np.unique(actors):
+        own = ends[actors == actor]
+        later = own > own.min()
+        rate += later.sum() / (own.max() - own.min()) if later.any() else 0.0
+    if not rate:
+        raise SystemExit("too few texts: no actor had two batches")
+    return float(rate), len(np.unique(actors))

@@ -1,0 +1,170 @@
+"""Backends: every kind of transformer has the vectors of the library's own `encode`, whichever of them runs it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense
+from sentence_transformers.sentence_transformer.modules import LayerNorm, Normalize, Pooling, WordWeights
+from transformers import PreTrainedTokenizerFast
+
+from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel
+from tests.tiny_models import (
+    BERT,
+    DECODER,
+    ROBERTA,
+    SIZES,
+    bert_tokenizer,
+    cosines,
+    decoder_tokenizer,
+    mixed,
+    roberta_tokenizer,
+    rows,
+    save_transformer,
+    with_modules,
+)
+
+LEAST = 0.99999
+POOLINGS = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+
+
+class Kind:
+    """A kind of model: its settings, its tokenizer, and the modules behind it."""
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        tokenizer: Callable[[], PreTrainedTokenizerFast],
+        after: Callable[[], list[torch.nn.Module]],
+    ) -> None:
+        self.settings, self.tokenizer, self.after = settings, tokenizer, after
+
+    def save(self, folder: Path) -> SentenceTransformer:
+        """Write it to a folder, and return the library's own model of it."""
+        torch.manual_seed(0)
+        model = with_modules(save_transformer(folder / "0", self.settings, self.tokenizer()), *self.after())
+        model.save(str(folder / "model"))
+        return SentenceTransformer(str(folder / "model"), device="cpu")
+
+
+KINDS = {
+    "BERT": Kind(BERT, bert_tokenizer, lambda: [Pooling(32, POOLINGS)]),
+    "XLM-RoBERTa": Kind(
+        {"model_type": "xlm-roberta", **ROBERTA},
+        roberta_tokenizer,
+        lambda: [Pooling(32, "cls"), Dense(32, 16), LayerNorm(16), Normalize()],
+    ),
+    "MPNet": Kind({"model_type": "mpnet", **ROBERTA}, roberta_tokenizer, lambda: [Pooling(32)]),
+    "ModernBERT": Kind(
+        {
+            "model_type": "modernbert",
+            "max_position_embeddings": 300,
+            "local_attention": 16,
+            "global_attn_every_n_layers": 2,
+            "pad_token_id": 0,
+            **SIZES,
+            "num_hidden_layers": 2,
+        },
+        bert_tokenizer,
+        lambda: [Pooling(32)],
+    ),
+    "Qwen3": Kind({"model_type": "qwen3", **DECODER}, decoder_tokenizer, lambda: [Pooling(32, "lasttoken")]),
+    "Llama": Kind({"model_type": "llama", **DECODER}, decoder_tokenizer, lambda: [Pooling(32, "weightedmean")]),
+    "DistilBERT": Kind(
+        {"model_type": "distilbert", "dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 64},
+        bert_tokenizer,
+        lambda: [WordWeights([str(at) for at in range(600)], {"7": 2.0, "100": 3.0}, 0.5), Pooling(32, "mean")],
+    ),
+    "T5": Kind(
+        {"model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "pad_token_id": 1},
+        roberta_tokenizer,
+        lambda: [Pooling(32, "max")],
+    ),
+}
+CASES = [(kind, "torch") for kind in KINDS] + [(kind, "openvino") for kind in ("BERT", "XLM-RoBERTa", "MPNet", "Qwen3")]
+"""Conversions take some seconds each; these are the ones that differ most. tests/test_precision.py has a real model."""
+
+
+def by_engine(folder: Path, backend: str, **options: Any) -> SentenceTransformerEmbeddingModel:
+    return SentenceTransformerEmbeddingModel(str(folder / "model"), device="cpu", backend=backend, **options)
+
+
+def root_logger() -> tuple[Any, ...]:
+    root = logging.getLogger()
+    return root.level, tuple(root.handlers), tuple(root.filters)
+
+
+@dataclass
+class Case:
+    """A model of a kind, by the library and by the engine."""
+
+    reference: SentenceTransformer
+    expected: np.ndarray
+    model: SentenceTransformerEmbeddingModel
+    left_logging: bool
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    kind, backend = request.param
+    folder = tmp_path_factory.mktemp(backend)
+    reference = KINDS[kind].save(folder)
+    before = root_logger()
+    model = by_engine(folder, backend)
+    assert (model.backend, model.device) == (backend, "cpu")
+    return Case(reference, reference.encode(mixed()), model, root_logger() == before)
+
+
+def test_vectors_are_those_of_the_library(case):
+    """Of texts of 1 to 256 tokens, in batches of all shapes, each by the backend that was asked for."""
+    answer = rows(case.model, mixed())
+    assert answer.rejects == {}
+    assert answer.vectors.dtype == np.float32
+    parts = answer.vectors.shape[1] // 32 or 1
+    for ours, theirs in zip(np.split(answer.vectors, parts, 1), np.split(case.expected, parts, 1), strict=True):
+        assert cosines(ours, theirs).min() >= LEAST
+        np.testing.assert_allclose(np.linalg.norm(ours, axis=1), np.linalg.norm(theirs, axis=1), rtol=1e-4)
+    others = cosines(case.expected, np.roll(case.expected, 1, axis=0))
+    assert np.median(others) < 0.99, "vectors of different texts differ, so that this test can fail"
+
+
+def test_tokens_and_padded_tokens_are_counted(case):
+    """Those that the library's tokenizer makes, and what the device computed."""
+    answer = rows(case.model, mixed())
+    ids = case.reference.tokenizer(mixed(), truncation=True, max_length=case.reference.max_seq_length)["input_ids"]
+    assert answer.num_tokens == sum(map(len, ids))
+    assert answer.num_tokens < answer.num_padded_tokens < 1.5 * answer.num_tokens
+    assert answer.busy_s > 0
+    assert answer.held_s > 0
+
+
+def test_several_callers_at_once_have_their_own_vectors(case):
+    """As an actor's shards: their batches share the device's streams."""
+    answers: dict[int, np.ndarray] = {}
+    callers = [
+        threading.Thread(
+            target=lambda at=at: answers.update({at: rows(case.model, mixed()[at:] + mixed()[:at]).vectors})
+        )
+        for at in range(0, 60, 10)
+    ]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(answers) == 6
+    for at, vectors in answers.items():
+        assert cosines(np.roll(vectors, at, axis=0), case.expected).min() >= LEAST
+
+
+def test_the_logging_of_the_process_stays_as_it_is(case):
+    """OpenVINO sets the level of the root logger while it converts."""
+    assert case.left_logging
