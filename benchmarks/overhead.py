@@ -41,10 +41,10 @@ ENGINE_START = "import json, sys, engine; print(engine.run(progress=False, **jso
 LOOP_START = """
 import json, sys
 import pyarrow.parquet as pq
-from engine.models.sentence_transformer import _folder
+from engine.models.model_files import folder_of
 from sentence_transformers import SentenceTransformer
 texts = pq.read_table(sys.argv[1])["text"].to_pylist()
-SentenceTransformer(str(_folder(sys.argv[2]))).encode(texts, show_progress_bar=False)
+SentenceTransformer(str(folder_of(sys.argv[2]))).encode(texts, show_progress_bar=False)
 """
 progress = Console(stderr=True, highlight=False)
 

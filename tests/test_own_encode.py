@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -18,21 +17,13 @@ from sentence_transformers.sentence_transformer.modules import BoW, Normalize, P
 from tokenizers import Tokenizer as Fast
 from tokenizers import processors
 
-from engine.config import ModelConfig
-from engine.ledger import Ledger
-from engine.models import local, registry
+from engine.models import local
 from engine.models.encoders import Encoder, OwnEncoder
 from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel
-from engine.pipeline.parcel import Item, pack, unpack
-from engine.pipeline.worker import EmbedWorker, Work
-from engine.schema import SOURCE_ROW, Usage
-from engine.storage import LocalStorage
-from tests.builders import FINGERPRINT, make_shard
 from tests.tiny_models import (
     BERT,
     MAX_LENGTH,
     bert_tokenizer,
-    byte_pairs,
     cosines,
     mixed,
     packed,
@@ -175,9 +166,7 @@ def test_texts_a_batch_are_limited(tmp_path):
     """By what was asked for."""
     model = own_module(tmp_path)
     sizes: list[int] = []
-    model[0].auto_model.register_forward_pre_hook(
-        lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0]["input_ids"])))
     encoder_of(model, max_rows=7)(mixed())
     assert max(sizes) == 7
     assert sum(sizes) == len(mixed())
@@ -234,16 +223,6 @@ def saved(tmp_path: Path) -> str:
     return str(tmp_path / "static")
 
 
-@pytest.fixture(autouse=True)
-def engine_logger_as_it_was() -> Iterator[None]:
-    """An actor lets the engine's lines out; here it is no process of its own."""
-    logger = logging.getLogger("engine")
-    level, handlers = logger.level, list(logger.handlers)
-    yield
-    logger.setLevel(level)
-    logger.handlers[:] = handlers
-
-
 def test_no_texts_have_no_vectors(saved):
     """A shard may hold nothing that can be embedded."""
     model = SentenceTransformerEmbeddingModel(saved, device="cpu")
@@ -268,57 +247,6 @@ def test_a_bad_text_is_rejected_alone(saved, monkeypatch):
     assert answer.rejects == {2: "the model fails on it: RuntimeError"}
     rejected = torch.nn.functional.normalize(torch.tensor(answer.vectors))
     np.testing.assert_allclose(rejected, torch.nn.functional.normalize(torch.tensor(expected)), atol=1e-5)
-
-
-def receipts(out: Path, model: str, texts: list[list[str]], **options: Any) -> list[Any]:
-    """Embed shards of texts by an actor, as Ray calls it, and commit them."""
-    config = ModelConfig(model=f"sentence-transformers:{model}", device="cpu", **options)
-    worker = EmbedWorker(Work(config, registry.identity(config), "text", None, (), 0, logging.WARNING))
-    items = []
-    for number, some in enumerate(texts):
-        shard = make_shard(len(some), path=f"{number}.parquet")
-        table = pa.table({"text": some, SOURCE_ROW: pa.array(range(len(some)), pa.int64())})
-        items.append(Item(shard, table, [], Usage()))
-    made = [item for some in unpack(worker(pack(items))) for item in some]
-    ledger = Ledger(LocalStorage(str(out)))
-    return [
-        ledger.publish(item.table, shard=item.shard, fingerprint=FINGERPRINT, rejects=item.rejects, usage=item.usage)
-        for item in made
-    ]
-
-
-def test_a_receipt_says_that_the_model_s_own_encode_ran_it(saved, tmp_path):
-    """Tokens, no padding, and a device that was busy."""
-    (receipt,) = receipts(tmp_path / "out", saved, [mixed()])
-    assert (receipt.backend, receipt.device, receipt.num_rows) == ("encode", "cpu", len(mixed()))
-    assert receipt.num_tokens == receipt.num_padded_tokens > 0
-    assert receipt.padding_share == 0
-    assert 0 < receipt.busy_s <= receipt.embed_s
-    assert 0 <= receipt.device_idle_share < 1
-
-
-def test_a_shard_without_texts_is_committed_beside_others(saved, tmp_path):
-    """All its rows are rejects; its vectors have the dimension of the others."""
-    one, other = receipts(tmp_path / "out", saved, [["", "  "], ["one", "two"]])
-    assert (one.num_rejects, other.num_rejects) == (2, 0)
-    (alone,) = receipts(tmp_path / "alone", saved, [["", "  "]])
-    assert (alone.num_rejects, alone.padding_share) == (2, None)
-
-
-def test_receipts_of_a_parcel_add_up(tmp_path):
-    """Several shards go through the model together; tokens, padding and seconds are shared out among them."""
-    model = with_modules(save_transformer(tmp_path / "0", BERT, bert_tokenizer()))
-    model.save(str(tmp_path / "bert"))
-    found = receipts(tmp_path / "out", str(tmp_path / "bert"), [mixed()[:30], ["", "a"], mixed()[30:]], backend="torch")
-    assert {receipt.backend for receipt in found} == {"torch"}
-    ids = bert_tokenizer()([*mixed(), "a"], truncation=True, max_length=MAX_LENGTH)["input_ids"]
-    assert sum(receipt.num_tokens for receipt in found) == sum(map(len, ids))
-    assert sum(receipt.num_padded_tokens for receipt in found) > sum(map(len, ids))
-    for receipt in found:
-        padding = 1 - receipt.num_tokens / receipt.num_padded_tokens
-        assert receipt.padding_share == pytest.approx(padding, abs=1e-4)
-        assert 0 < receipt.busy_s
-        assert 0 <= receipt.device_idle_share <= 1
 
 
 # Plain at first sight
@@ -346,11 +274,3 @@ def test_a_model_that_needs_more_than_ids_and_mask_has_its_own_vectors(tmp_path,
     encoded = encoder_of(kind(tmp_path), backend)(mixed())
     assert encoded.failed == {}
     assert cosines(encoded.vectors, expected).min() >= LEAST
-
-
-def test_a_tokenizer_of_bytes_is_known_to_give_no_token_types():
-    """What these tests go by: the other tiny tokenizers have none."""
-    assert "token_type_ids" not in bert_tokenizer()("a")
-    assert Fast.from_str(byte_pairs()).encode("a b").type_ids == [0] * len(
-        Fast.from_str(byte_pairs()).encode("a b").ids
-    )

@@ -31,10 +31,16 @@ def done(budget: int, tokens_per_s: float, count: int = BATCHES_TO_TELL, *, fail
     return [Done(batch, np.ones((len(ids), 2), np.float32), None, ids.size / tokens_per_s)] * count
 
 
+def on_trial(budget: TokenBudget, num_tokens: int) -> tuple[int, ...]:
+    """Return what a call of so many tokens is packed under, and end its trial."""
+    with budget.trial(num_tokens) as budgets:
+        return budgets
+
+
 def compared(small: float, middle: float, large: float, fills: dict[int, float] | None = None) -> TokenBudget:
     """Return a budget that has seen batches of each candidate, at such speeds."""
     budget = TokenBudget("cpu")
-    assert budget.on_trial(MUCH) == (SMALL, MIDDLE, LARGE)
+    assert on_trial(budget, MUCH) == (SMALL, MIDDLE, LARGE)
     budget.compare([*done(SMALL, small), *done(MIDDLE, middle), *done(LARGE, large)], fills or FULL)
     return budget
 
@@ -52,35 +58,35 @@ def texts_of(num_tokens: int) -> list[str]:
 def test_a_budget_that_is_given_stays():
     """Whatever the device says of it."""
     budget = TokenBudget("cpu", 300)
-    assert budget.on_trial(MUCH) == (300,)
+    assert on_trial(budget, MUCH) == (300,)
     budget.compare([*done(SMALL, 1000), *done(LARGE, 9000)], FULL)
-    assert (budget.on_trial(MUCH), budget.value) == ((300,), 300)
+    assert (on_trial(budget, MUCH), budget.value) == ((300,), 300)
 
 
 @pytest.mark.parametrize(("kind", "others"), [("cpu", "cpu"), ("cuda", "cuda"), ("mps", "cpu")])
 def test_a_device_begins_with_the_middle_one_of_its_candidates(kind, others):
     """A GPU is filled, a core's caches are not overrun."""
     assert TokenBudget(kind).value == sorted(CANDIDATES[others])[1]
-    assert TokenBudget(kind).on_trial(10**9) == CANDIDATES[others]
+    assert on_trial(TokenBudget(kind), 10**9) == CANDIDATES[others]
 
 
 def test_little_text_is_never_on_trial():
     """Groups of a few texts would be padded, and say nothing; what is large enough for two candidates is tried with these."""
     budget = TokenBudget("cpu")
     for num_tokens in (0, 1, 6 * SMALL, 6 * MIDDLE - 1):
-        assert budget.on_trial(num_tokens) == (MIDDLE,)
-    assert budget.on_trial(6 * MIDDLE) == (SMALL, MIDDLE)
+        assert on_trial(budget, num_tokens) == (MIDDLE,)
+    assert on_trial(budget, 6 * MIDDLE) == (SMALL, MIDDLE)
     budget.compare(done(SMALL, 1000, count=1), {SMALL: 1.0, MIDDLE: 1.0})
-    assert budget.on_trial(6 * LARGE) == (SMALL, MIDDLE, LARGE)
+    assert on_trial(budget, 6 * LARGE) == (SMALL, MIDDLE, LARGE)
 
 
 def test_one_call_at_a_time_is_on_trial():
     """Two would disturb each other's measurements; the next one comes when the first has told."""
     budget = TokenBudget("cpu")
-    assert budget.on_trial(MUCH) == (SMALL, MIDDLE, LARGE)
-    assert [budget.on_trial(MUCH) for _ in range(3)] == [(MIDDLE,)] * 3
-    budget.compare(done(SMALL, 1000, count=1), FULL)
-    assert budget.on_trial(MUCH) == (SMALL, MIDDLE, LARGE)
+    with budget.trial(MUCH) as budgets:
+        assert budgets == (SMALL, MIDDLE, LARGE)
+        assert [on_trial(budget, MUCH) for _ in range(3)] == [(MIDDLE,)] * 3
+    assert on_trial(budget, MUCH) == (SMALL, MIDDLE, LARGE)
 
 
 # What is taken
@@ -99,7 +105,7 @@ def test_one_call_at_a_time_is_on_trial():
 def test_the_fastest_candidate_is_taken_if_it_is_worth_it(small, middle, large, taken):
     """A slower one is not, and nor is one that is faster by what measurements differ by themselves."""
     budget = compared(small, middle, large)
-    assert (budget.value, budget.on_trial(MUCH)) == (taken, (taken,))
+    assert (budget.value, on_trial(budget, MUCH)) == (taken, (taken,))
 
 
 def test_padding_counts_against_a_candidate():
@@ -112,22 +118,22 @@ def test_few_batches_say_nothing():
     """The trial goes on until each candidate has shown enough, over several calls."""
     budget = TokenBudget("cpu")
     for _ in range(BATCHES_TO_TELL - 1):
-        assert len(budget.on_trial(MUCH)) == 3
+        assert len(on_trial(budget, MUCH)) == 3
         budget.compare([*done(SMALL, 9000, 99), *done(MIDDLE, 1000, 99), *done(LARGE, 1000, 1)], FULL)
     assert budget.value == MIDDLE
-    assert len(budget.on_trial(MUCH)) == 3
+    assert len(on_trial(budget, MUCH)) == 3
     budget.compare(done(LARGE, 1000, 1), FULL)
-    assert (budget.value, budget.on_trial(MUCH)) == (SMALL, (SMALL,))
+    assert (budget.value, on_trial(budget, MUCH)) == (SMALL, (SMALL,))
 
 
 def test_batches_that_failed_say_nothing_of_speed():
     """They are over in no time."""
     budget = TokenBudget("cpu")
-    budget.on_trial(MUCH)
+    on_trial(budget, MUCH)
     budget.compare([*done(SMALL, 1000), *done(MIDDLE, 1000), *done(LARGE, 0, 99, failed=True)], FULL)
-    assert len(budget.on_trial(MUCH)) == 3
+    assert len(on_trial(budget, MUCH)) == 3
     budget.compare(done(LARGE, 500), FULL)
-    assert budget.on_trial(MUCH) == (MIDDLE,)
+    assert on_trial(budget, MUCH) == (MIDDLE,)
 
 
 # Too large
@@ -136,10 +142,10 @@ def test_batches_that_failed_say_nothing_of_speed():
 def test_halving_settles(caplog):
     """A device without memory for a batch is asked for half of it, and no trial goes beyond it again."""
     budget = TokenBudget("cuda")
-    budget.on_trial(10**9)
+    on_trial(budget, 10**9)
     budget.halve(16384)
     budget.compare([*done(32768, 1000), *done(16384, 9000)], {16384: 1.0, 32768: 1.0})
-    assert (budget.value, budget.on_trial(10**9)) == (8192, (8192,))
+    assert (budget.value, on_trial(budget, 10**9)) == (8192, (8192,))
     assert "a batch of 16384 padded tokens does not fit into the device's memory: 8192 from now on" in caplog.text
 
 

@@ -86,15 +86,15 @@ class PackedEncoder(Encoder):
         """Encode texts; only their tokens and their vectors are held as a whole."""
         tokens = self._tokenizer(texts)
         encoded = Encoded(np.empty((len(texts), 0), np.float32))
-        budgets = self.budget.on_trial(int(tokens.starts[-1]))
-        todo = self._packed(tokens, np.arange(len(texts)), budgets)
-        logger.debug("%d texts in %d batches of up to %s padded tokens", len(texts), len(todo), budgets)
         giants: list[Positions] = []
-        while todo:
-            too_large = self._run(tokens, todo, encoded)
-            giants += [positions for positions in too_large if len(positions) == 1]
-            many = [positions for positions in too_large if len(positions) > 1]
-            todo = self._packed(tokens, np.concatenate(many), (self.budget.value,)) if many else []
+        with self.budget.trial(int(tokens.starts[-1])) as budgets:
+            todo = self._packed(tokens, np.arange(len(texts)), budgets)
+            logger.debug("%d texts in %d batches of up to %s padded tokens", len(texts), len(todo), budgets)
+            while todo:
+                too_large = self._run(tokens, todo, encoded)
+                giants += [positions for positions in too_large if len(positions) == 1]
+                many = [positions for positions in too_large if len(positions) > 1]
+                todo = self._packed(tokens, np.concatenate(many), (self.budget.value,)) if many else []
         # Single texts that did not fit are tried once more with nothing beside them, and then given up.
         for positions in self._run(tokens, [(1, positions) for positions in giants], encoded, alone=True):
             at = int(positions[0])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from engine.models.device_queue import Done
@@ -64,15 +65,19 @@ class TokenBudget:
     def _candidates(self) -> tuple[int, ...]:
         return CANDIDATES.get(self.kind, CANDIDATES["cpu"])
 
-    def on_trial(self, num_tokens: int) -> tuple[int, ...]:
-        """Return the budgets to pack so many tokens under: the one that holds, or several that are to be compared."""
+    @contextmanager
+    def trial(self, num_tokens: int) -> Iterator[tuple[int, ...]]:
+        """Give the budgets to pack so many tokens under: the one that holds, or several that are to be compared."""
         least = BATCHES_IN_A_GROUP * len(self._candidates)
         large_enough = tuple(one for one in self._candidates if one * least <= num_tokens)
         with self._lock:
-            if self._is_settled or self._on_trial or len(large_enough) < 2:
-                return (self.value,)
-            self._on_trial = True  # until `compare`; what comes meanwhile is packed tighter
-            return large_enough
+            is_trial = not self._is_settled and not self._on_trial and len(large_enough) > 1
+            self._on_trial |= is_trial  # what comes meanwhile has fuller batches under one budget
+        try:
+            yield large_enough if is_trial else (self.value,)
+        finally:
+            if is_trial:
+                self._on_trial = False
 
     def compare(self, done: Iterable[Done], fills: Mapping[int, float]) -> None:
         """
@@ -83,7 +88,6 @@ class TokenBudget:
             fills: For each budget the share of its padded tokens that are not padding.
         """
         with self._lock:
-            self._on_trial = False
             if self._is_settled:
                 return
             for one in done:

@@ -31,6 +31,10 @@ PROBES = (
 CHARACTERS_PER_TOKEN = 6
 """Of a text's beginning, which is tokenized first when the text is long: English has 4 to 5 characters a token."""
 SPLITS_AT_SPACES = frozenset({"BertPreTokenizer", "Whitespace", "WhitespaceSplit"})
+LEAVES_SPACES = frozenset(
+    {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Strip", "StripAccents"}
+)
+"""Normalizers that neither take a space between two words away nor look past it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +148,7 @@ class Tokenizer:
 
 def _beginning(text: str, enough: int) -> str:
     """
-    Return a text up to the first space after `enough` characters.
+    Return a text up to the first space that follows a letter or digit after `enough` characters.
 
     A tokenizer that splits at spaces makes the same tokens of it as of the text's beginning, so that of a text of a hundred
     thousand characters, of which the model takes 256 tokens, a hundredth is tokenized.
@@ -152,7 +156,7 @@ def _beginning(text: str, enough: int) -> str:
     if len(text) <= enough:
         return text
     at = text.find(" ", enough)
-    while at > 0 and text[at - 1].isspace():
+    while at > 0 and not text[at - 1].isalnum():  # which, unlike other signs, no normalizer makes a space of
         at = text.find(" ", at + 1)
     return text if at < 0 else text[:at]
 
@@ -163,14 +167,27 @@ def _splits_at_spaces(fast: Any) -> bool:
         any(character.isspace() for character in token.content) for token in fast.get_added_tokens_decoder().values()
     ):
         return False
-    state = json.loads(fast.pre_tokenizer.__getstate__())
-    steps = state["pretokenizers"] if state["type"] == "Sequence" else [state]
-    return any(
-        step["type"] in SPLITS_AT_SPACES
-        or (step["type"] == "ByteLevel" and step.get("use_regex"))
-        or (step["type"] == "Metaspace" and step.get("split"))
-        for step in steps
+    if not all(
+        step["type"] in LEAVES_SPACES
+        or (step["type"] == "Replace" and step["pattern"] == {"Regex": " {2,}"} and step["content"] in (" ", "▁"))
+        for step in _steps(fast.normalizer, "normalizers")
+    ):
+        return False
+    first = _steps(fast.pre_tokenizer, "pretokenizers")[0]  # a later one may find no spaces any more
+    return bool(
+        first["type"] in SPLITS_AT_SPACES
+        or (first["type"] == "ByteLevel" and first["use_regex"])
+        or (first["type"] == "Metaspace" and first["split"])
     )
+
+
+def _steps(part: Any, name: str) -> list[dict[str, Any]]:
+    """Return the settings of a normalizer or pre-tokenizer, one by one if it is several."""
+    if part is None:
+        return []
+    state = json.loads(part.__getstate__())
+    steps: list[dict[str, Any]] = state[name] if state["type"] == "Sequence" else [state]
+    return steps
 
 
 def _is_plain(model: SentenceTransformer) -> bool:

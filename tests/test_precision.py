@@ -1,0 +1,121 @@
+"""Precision: what each dtype promises of the vectors of a real model, whatever the backend, the batches and the neighbours."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from engine.models import local, model_files
+from engine.models.backends.openvino import OpenVinoBackend
+from engine.models.encoders import PackedEncoder
+from engine.models.token_budget import TokenBudget
+from tests.tiny_models import PACKAGED, cosines, packed, sample
+
+LEAST = {"float32": 0.99999, "bfloat16": 0.9995, "float16": 0.9995}
+BACKENDS = ["torch", "openvino"]
+FEW = 64
+"""Texts of each kind, where a CPU is slow: torch has no kernels for float16 on most of them."""
+
+
+@cache
+def texts() -> list[str]:
+    """Return 512 messages and 64 conversations, in no order of length."""
+    both = [*sample("messages", 512), *sample("conversations", 64)]
+    return random.Random(0).sample(both, len(both))
+
+
+@cache
+def expected() -> np.ndarray:
+    """Return what the library's users have: `encode`, with its own batches, in float32."""
+    return SentenceTransformer(str(model_files.folder_of(PACKAGED)), device="cpu").encode(texts())
+
+
+@cache
+def minilm(backend: str, dtype: str) -> PackedEncoder:
+    """Return the engine's encoder of the real MiniLM, built once for all tests of this file."""
+    chosen = local.chosen("cpu", backend)
+    encoder = packed(
+        local.load(PACKAGED, chosen, dtype=dtype, revision=None, trust_remote_code=False), backend, dtype=dtype
+    )
+    assert encoder.backend_name == backend
+    return encoder
+
+
+def vectors_of(backend: str, dtype: str, some: list[str], batch_tokens: int | None = 512) -> np.ndarray:
+    encoder = minilm(backend, dtype)
+    encoder.budget = TokenBudget("cpu", batch_tokens)
+    encoded = encoder(some)
+    assert encoded.failed == {}
+    assert encoded.vectors.dtype == np.float32
+    return encoded.vectors
+
+
+@dataclass
+class Lowest:
+    """Cosines, of which only the lowest matters."""
+
+    cosine: float = 1.0
+
+    def see(self, one: np.ndarray, other: np.ndarray) -> None:
+        self.cosine = min(self.cosine, float(cosines(one, other).min()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch_tokens", [64, 512, 4096, None])
+def test_float32_is_the_library_s_whatever_the_budget(backend, batch_tokens):
+    """Padding, and how many texts share a batch, leave no trace."""
+    assert cosines(vectors_of(backend, "float32", texts(), batch_tokens), expected()).min() >= LEAST["float32"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_is_the_library_s_whatever_the_neighbours(backend):
+    """Alone, among others in another order, or in several calls."""
+    alone = vectors_of(backend, "float32", texts()[:192], 1)
+    assert cosines(alone, expected()[:192]).min() >= LEAST["float32"]
+    order = np.random.default_rng(0).permutation(len(texts()))[:288]
+    shuffled = vectors_of(backend, "float32", [texts()[at] for at in order])
+    assert cosines(shuffled, expected()[order]).min() >= LEAST["float32"]
+    parts = [vectors_of(backend, "float32", texts()[start : start + 7]) for start in range(0, 196, 7)]
+    assert cosines(np.concatenate(parts), expected()[:196]).min() >= LEAST["float32"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits_keep_their_promise(backend, dtype):
+    """Half the width, and at least this close to float32, whatever the batches are."""
+    some = texts()[:FEW] if dtype == "float16" else texts()
+    for batch_tokens in (64, 512) if dtype == "float16" else (512,):
+        found = vectors_of(backend, dtype, some, batch_tokens)
+        assert cosines(found, expected()[: len(some)]).min() >= LEAST[dtype]
+        assert not np.allclose(found, expected()[: len(some)], atol=1e-7) or _computes_in(backend, dtype) == "f32"
+
+
+def test_backends_are_as_close_to_each_other_as_to_the_library():
+    """An output that one machine makes by PyTorch and another by OpenVINO is one output."""
+    for dtype, least in LEAST.items():
+        some = texts()[:FEW] if dtype == "float16" else texts()
+        one, other = (vectors_of(backend, dtype, some) for backend in BACKENDS)
+        assert cosines(one, other).min() >= least, dtype
+
+
+def _backend(encoder: PackedEncoder) -> Any:
+    return encoder._queue.backend
+
+
+def _computes_in(backend: str, dtype: str) -> str:
+    return _backend(minilm(backend, dtype)).precision if backend == "openvino" else dtype
+
+
+@pytest.mark.parametrize(("dtype", "hint"), [("float32", "f32"), ("bfloat16", "bf16"), ("float16", "f16")])
+def test_openvino_never_computes_in_less_than_it_was_asked_for(dtype, hint):
+    """A CPU that cannot compute in 16 bits of that kind computes in 32; never in another kind, and never in 8."""
+    backend = _backend(minilm("openvino", dtype))
+    assert isinstance(backend, OpenVinoBackend)
+    assert backend._compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == 0
+    assert backend.precision in (hint, "f32")
