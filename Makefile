@@ -36,7 +36,8 @@ check: $(INSTALLED) ## lint, format, types and the floors of the house; runs no 
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: $(INSTALLED) ## measure the cost of the engine, of a plan and of a resume
+bench: $(INSTALLED) ## measure local models beside others, and the cost of the engine, of a plan and of a resume
+	@$(OFFLINE) $(BIN)/python benchmarks/local.py
 	@$(OFFLINE) $(BIN)/python benchmarks/overhead.py
 	@$(OFFLINE) $(BIN)/python benchmarks/resume.py
 

@@ -102,7 +102,7 @@ def loop(job: dict[str, Any]) -> float:
     import asyncio
     import os
 
-    from engine.config import ModelConfig, load_config, validated
+    from engine.config import load_config
     from engine.models import registry
     from engine.pipeline.worker import _set_threads
     from engine.sources import texts
@@ -110,9 +110,10 @@ def loop(job: dict[str, Any]) -> float:
     from engine.survey import survey
 
     config = load_config(**job)
-    pending = survey(config).standing.plan.pending
+    plan = survey(config).standing.plan
+    pending = plan.pending
     _set_threads(min(os.cpu_count() or 1, 4))  # as resources.decide does for an actor on a small machine
-    model = registry.build(validated(ModelConfig, config.model_dump(include=set(ModelConfig.model_fields))))
+    model = registry.build(registry.suited(config.of_model(), plan.pending_bytes))
     events = asyncio.new_event_loop()
     ends: list[float] = []
     counts: list[int] = []

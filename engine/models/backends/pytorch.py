@@ -68,6 +68,7 @@ class PyTorchBackend(Backend):
         """Have the calling thread compute with so many threads; torch sets the number for all new threads with it."""
         if getattr(self._own, "num_threads", None) != number:
             self._own.num_threads = number
+            torch.get_num_threads()  # has torch give a new thread its number now, and not after ours
             torch.set_num_threads(number)
             others = threading.Thread(target=torch.set_num_threads, args=(self._num_threads,))
             others.start()
