@@ -15,6 +15,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.modules import LayerNorm, Normalize, Pooling, WordWeights
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel
@@ -168,3 +169,18 @@ def test_several_callers_at_once_have_their_own_vectors(case):
 def test_the_logging_of_the_process_stays_as_it_is(case):
     """OpenVINO sets the level of the root logger while it converts."""
     assert case.left_logging
+
+
+@pytest.mark.parametrize("nothing", ["\u200b", "\u00ad\u200d"])
+def test_a_text_of_which_the_tokenizer_makes_nothing_is_rejected_alone(tmp_path, nothing):
+    """Without special tokens around it there is nothing to embed; in a batch, and as the only text."""
+    tokenizer = bert_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("$A", "$A $B", [])
+    with_modules(save_transformer(tmp_path / "0", BERT, tokenizer)).save(str(tmp_path / "model"))
+    model = by_engine(tmp_path, "torch")
+    expected = SentenceTransformer(str(tmp_path / "model"), device="cpu").encode(["one", "two three"])
+    answer = rows(model, ["one", nothing, "two three"])
+    assert list(answer.rejects) == [1]
+    assert cosines(answer.vectors, expected).min() >= LEAST
+    alone = rows(model, [nothing])
+    assert (list(alone.rejects), len(alone.vectors)) == ([0], 0)

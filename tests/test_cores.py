@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.models import local
 from engine.models.cores import num_cores
 from tests.tiny_models import BERT, bert_tokenizer, cosines, mixed, packed, save_transformer, with_modules
 
@@ -77,8 +76,7 @@ def threads_of_a_new_thread() -> int:
     return seen[0]
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
-@pytest.mark.parametrize("backend", ["torch", "openvino"])
+@pytest.mark.parametrize(("backend", "number"), [("torch", 1), ("torch", 2), ("torch", 3), ("openvino", 3)])
 def test_a_model_leaves_the_threads_of_the_process_as_they_are(tmp_path, backend, number):
     """The caller's own, and those that start later: a notebook's other work must not slow down."""
     folder = save_transformer(tmp_path, BERT, bert_tokenizer())
@@ -91,6 +89,7 @@ def test_a_model_leaves_the_threads_of_the_process_as_they_are(tmp_path, backend
         encoder(mixed()[:1])
         assert (torch.get_num_threads(), threads_of_a_new_thread()) == (number, number)
         assert encoder.backend_name == backend
+        assert encoder._queue.backend.num_streams == num_cores(), "a stream for each core"
     finally:
         torch.set_num_threads(before)
 
@@ -113,12 +112,3 @@ def test_each_stream_computes_on_one_core_unless_there_is_one_batch(tmp_path):
     seen.clear()
     encoder(mixed())
     assert set(seen) == {1}, "also in the thread that had them all"
-
-
-def test_a_model_on_a_cpu_has_a_stream_for_each_core(tmp_path):
-    """For both backends, which share what feeds them."""
-    folder = save_transformer(tmp_path, BERT, bert_tokenizer())
-    for backend in ("torch", "openvino"):
-        encoder = packed(with_modules(folder), backend)
-        assert encoder._queue.backend.num_streams == num_cores()
-        assert local.chosen("cpu", backend).device == encoder.device

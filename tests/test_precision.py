@@ -67,22 +67,21 @@ class Lowest:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("batch_tokens", [64, 512, 4096, None])
-def test_float32_is_the_library_s_whatever_the_budget(backend, batch_tokens):
-    """Padding, and how many texts share a batch, leave no trace."""
-    assert cosines(vectors_of(backend, "float32", texts(), batch_tokens), expected()).min() >= LEAST["float32"]
+@pytest.mark.parametrize(("batch_tokens", "count"), [(1, 144), (64, 288), (512, 576), (4096, 288)])
+def test_float32_is_the_library_s_whatever_the_budget(backend, batch_tokens, count):
+    """Padding, and how many texts share a batch, leave no trace; under a budget of 1 each text is alone."""
+    found = vectors_of(backend, "float32", texts()[:count], batch_tokens)
+    assert cosines(found, expected()[:count]).min() >= LEAST["float32"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float32_is_the_library_s_whatever_the_neighbours(backend):
-    """Alone, among others in another order, or in several calls."""
-    alone = vectors_of(backend, "float32", texts()[:192], 1)
-    assert cosines(alone, expected()[:192]).min() >= LEAST["float32"]
-    order = np.random.default_rng(0).permutation(len(texts()))[:288]
+    """Among others, in another order, and in several calls."""
+    order = np.random.default_rng(0).permutation(len(texts()))[:192]
     shuffled = vectors_of(backend, "float32", [texts()[at] for at in order])
     assert cosines(shuffled, expected()[order]).min() >= LEAST["float32"]
-    parts = [vectors_of(backend, "float32", texts()[start : start + 7]) for start in range(0, 196, 7)]
-    assert cosines(np.concatenate(parts), expected()[:196]).min() >= LEAST["float32"]
+    parts = [vectors_of(backend, "float32", texts()[start : start + 7]) for start in range(0, 98, 7)]
+    assert cosines(np.concatenate(parts), expected()[:98]).min() >= LEAST["float32"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -173,11 +173,11 @@ def _splits_at_spaces(fast: Any) -> bool:
         for step in _steps(fast.normalizer, "normalizers")
     ):
         return False
-    first = _steps(fast.pre_tokenizer, "pretokenizers")[0]  # a later one may find no spaces any more
-    return bool(
-        first["type"] in SPLITS_AT_SPACES
-        or (first["type"] == "ByteLevel" and first["use_regex"])
-        or (first["type"] == "Metaspace" and first["split"])
+    return any(
+        step["type"] in SPLITS_AT_SPACES
+        or (step["type"] == "ByteLevel" and step["use_regex"])
+        or (step["type"] == "Metaspace" and step["split"])
+        for step in _steps(fast.pre_tokenizer, "pretokenizers")[:1]  # later ones may find no spaces any more
     )
 
 
