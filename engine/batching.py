@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -23,14 +25,30 @@ def pack(lengths: npt.NDArray[Any], *, max_tokens: int, max_rows: int | None = N
         Positions into `lengths`, each exactly once. The longest texts come first, so that memory peaks in the first batch and
         the last ones, which end a shard, are short.
     """
+    return [batch for _, batch in pack_in_turns(lengths, [max_tokens], max_rows=max_rows)]
+
+
+def pack_in_turns(
+    lengths: npt.NDArray[Any], budgets: Sequence[int], *, max_rows: int | None = None
+) -> list[tuple[int, Positions]]:
+    """
+    Pack under several budgets that take turns, as `pack` does under one, so that they can be compared.
+
+    Each has as many padded tokens of a turn as the largest, and all of them see texts of all lengths; a batch is as full as
+    it would be under its budget alone.
+
+    Returns:
+        The batches, longest first, each with its budget.
+    """
     order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
+    turns = cycle([budget for budget in budgets for _ in range(max(budgets) // budget)])
     batches = []
     start = 0
     while start < len(order):
-        longest = max(int(lengths[order[start]]), 1)
-        rows = max(max_tokens // longest, 1)
+        budget = next(turns)
+        rows = max(budget // max(int(lengths[order[start]]), 1), 1)
         if max_rows is not None:
             rows = min(rows, max_rows)
-        batches.append(order[start : start + rows])
+        batches.append((budget, order[start : start + rows]))
         start += rows
     return batches

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.batching import pack
+from engine.batching import pack, pack_in_turns
 from engine.errors import InputRejected
 from engine.models.backends.base import Batch, is_out_of_memory
 from engine.models.device_queue import DeviceQueue
@@ -108,17 +108,9 @@ class PackedEncoder(Encoder):
         self._queue.close()
 
     def _packed(self, tokens: Tokens, positions: Positions, budgets: Sequence[int]) -> list[tuple[int, Positions]]:
-        """Pack texts, dealt out evenly by length if there are several budgets; the longest batches first."""
-        lengths = tokens.lengths[positions]
-        by_length = np.argsort(-lengths, kind="stable")
-        packed = []
-        for number, budget in enumerate(budgets):
-            group = by_length[number :: len(budgets)]
-            batches = pack(lengths[group], max_tokens=budget, max_rows=self._max_rows)
-            packed += [(budget, positions[group[batch]]) for batch in batches]
-        if len(budgets) > 1:
-            packed.sort(key=lambda batch: -int(tokens.lengths[batch[1][0]]))
-        return packed
+        """Pack texts; under several budgets in turns."""
+        packed = pack_in_turns(tokens.lengths[positions], budgets, max_rows=self._max_rows)
+        return [(budget, positions[batch]) for budget, batch in packed]
 
     def _filled(self, tokens: Tokens, packed: Sequence[tuple[int, Positions]]) -> Iterator[Batch]:
         num_shares = max(self._queue.backend.num_streams // max(len(packed), 1), 1)

@@ -168,6 +168,8 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
             rest = await super().embed_rows([texts[int(at)] for at in again])
             answer.rejects = {int(again[at]): reason for at, reason in rest.rejects.items()}
             if len(rest.vectors):
+                if not answer.vectors.shape[1]:  # not one batch came through
+                    answer.vectors = np.empty((len(texts), rest.vectors.shape[1]), np.float32)
                 saved = np.array([at for number, at in enumerate(again) if number not in rest.rejects])
                 answer.vectors[saved] = rest.vectors
                 good[saved] = True

@@ -14,8 +14,8 @@ logger = logging.getLogger(__name__)
 
 CANDIDATES = {"cpu": (256, 512, 1024), "cuda": (16384, 32768, 65536)}
 """For a core, few enough to stay in its caches; for a GPU, enough to fill it. A device begins with the middle one."""
-BATCHES_IN_A_GROUP = 2
-"""At least: fewer texts would not be of like length in a batch of that size."""
+TURNS = 2
+"""At least, in a call on trial."""
 BATCHES_TO_TELL = 8
 """Of each candidate; fewer say nothing."""
 WORTH_IT = 1.03
@@ -40,9 +40,9 @@ class TokenBudget:
     """
     The budget of one actor, for its life.
 
-    If it is not given, it is found on the job's own first texts: they are dealt into groups of like lengths, one for each
-    candidate, whose batches take turns on the device; the candidate with the most tokens a second stays. Nothing is computed
-    twice for it, and nothing is kept of it but a number of tokens.
+    If it is not given, it is found on the job's own first texts: their batches are packed under each candidate in turn, and the
+    candidate with the most tokens a second stays. Nothing is computed twice for it, and nothing is kept of it but a number of
+    tokens.
 
     Args:
         kind: Of device: cpu, cuda…
@@ -68,7 +68,7 @@ class TokenBudget:
     @contextmanager
     def trial(self, num_tokens: int) -> Iterator[tuple[int, ...]]:
         """Give the budgets to pack so many tokens under: the one that holds, or several that are to be compared."""
-        least = BATCHES_IN_A_GROUP * len(self._candidates)
+        least = TURNS * len(self._candidates)
         large_enough = tuple(one for one in self._candidates if one * least <= num_tokens)
         with self._lock:
             is_trial = not self._is_settled and not self._on_trial and len(large_enough) > 1
