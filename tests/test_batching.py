@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from engine.batching import pack
+from engine.batching import pack, pack_in_turns
 from engine.models import model_files
 from tests.tiny_models import PACKAGED, sample
 
@@ -54,6 +54,40 @@ def test_a_batch_is_as_full_as_it_may_be(lengths, max_tokens, max_rows):
     for batch in pack(lengths, max_tokens=max_tokens, max_rows=max_rows)[:-1]:
         is_full = (len(batch) + 1) * max(lengths[batch].max(), 1) > max_tokens
         assert is_full or len(batch) == max_rows
+
+
+MANY_BUDGETS = st.lists(st.sampled_from([16, 64, 128, 256, 300, 512, 1024]), min_size=1, max_size=3, unique=True)
+
+
+@given(LENGTHS, MANY_BUDGETS, ROWS)
+def test_under_several_budgets_each_batch_keeps_its_own(lengths, budgets, max_rows):
+    """Every text is in one batch, the longest first, and a batch is as full as its budget alone would have it."""
+    lengths = np.array(lengths, np.int64)
+    batches = pack_in_turns(lengths, budgets, max_rows=max_rows)
+    order = np.concatenate([*(batch for _, batch in batches), np.empty(0, np.int64)]).astype(np.int64)
+    assert sorted(order.tolist()) == list(range(len(lengths)))
+    assert (np.diff(lengths[order]) <= 0).all()
+    for number, (budget, batch) in enumerate(batches):
+        assert budget in budgets
+        assert len(batch) == 1 or len(batch) * lengths[batch].max() <= budget
+        assert max_rows is None or len(batch) <= max_rows
+        is_full = (len(batch) + 1) * max(lengths[batch].max(), 1) > budget
+        assert is_full or len(batch) == max_rows or number == len(batches) - 1
+
+
+def test_budgets_that_take_turns_have_as_many_tokens_and_texts_of_all_lengths():
+    """Only so can their speeds be compared."""
+    lengths = np.random.default_rng(0).integers(1, 257, 6000)
+    budgets = (256, 512, 1024)
+    batches = pack_in_turns(lengths, budgets)
+    for budget in budgets:
+        own = np.concatenate([batch for one, batch in batches if one == budget])
+        assert lengths[own].sum() == pytest.approx(lengths.sum() / 3, rel=0.1)
+        assert np.quantile(lengths[own], [0.1, 0.5, 0.9]) == pytest.approx(
+            np.quantile(lengths, [0.1, 0.5, 0.9]), rel=0.2
+        )
+    padding = 1 - lengths.sum() / padded(lengths, [batch for _, batch in batches])
+    assert padding < 0.02
 
 
 def test_texts_without_tokens_and_no_texts_can_be_packed():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,35 @@ def test_a_text_that_fits_only_alone_is_embedded():
     assert encoded.failed == {}
     np.testing.assert_array_equal(encoded.vectors[:, 0], [int(text) ** 2 for text in texts])
     assert encoder.budget.value == 100
+
+
+def test_a_text_that_fits_only_alone_does_not_meet_other_callers_texts_either():
+    """While it has the device, the batches of the other shards of an actor wait."""
+    over = threading.Event()
+
+    def act(batch: Batch) -> None:
+        time.sleep(0.001)
+        if batch.num_padded_tokens >= 500:
+            for _ in range(20):
+                if len(backend.active) > 1:
+                    raise torch.OutOfMemoryError
+                time.sleep(0.001)
+
+    def others() -> None:
+        while not over.is_set():
+            assert not encoder(["7"] * 100).failed
+
+    backend = Scripted(act, num_streams=2)
+    encoder = PackedEncoder(Lengths(), backend, TokenBudget("cpu", 100))
+    callers = [threading.Thread(target=others) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    answers = [encoder(["500", *["7"] * 50]) for _ in range(5)]
+    over.set()
+    for caller in callers:
+        caller.join()
+    assert [answer.failed for answer in answers] == [{}] * 5
+    assert backend.num_relieved > 0, "beside others it did not fit"
 
 
 # Other errors

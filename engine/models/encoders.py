@@ -175,6 +175,8 @@ class OwnEncoder(Encoder):
 
     def __call__(self, texts: Sequence[str]) -> Encoded:
         """Encode texts as the model's authors meant it."""
+        if not texts:  # of which some make no array of two dimensions
+            return Encoded(np.empty((0, 0), np.float32))
         with self._turn:
             began = time.perf_counter()
             self._num_tokens = self._num_padded_tokens = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,7 +32,9 @@ logger = logging.getLogger(__name__)
 LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.9995, "float16": 0.9995}
 """Between a vector and the one that PyTorch computes in float32: what a dtype promises (docs/decisions/0008)."""
 MAX_PROBE_TOKENS = 128
-"""Of each text that a conversion is checked with: enough for padding and positions, and no minute of a large model's time."""
+"""Of the texts that a conversion is checked with: enough for padding, and no minute of a large model's time."""
+LONG_PROBE_TOKENS = 512
+"""Of one more, since a branch that the tracer took for settled may show in long texts alone."""
 DEFAULT_BATCH_SIZE = {"cpu": 16, "cuda": 256}
 """Of a model's own `encode`: on CPUs small batches pad less, and are faster (FACTS.md); on GPUs large ones fill the device."""
 
@@ -146,15 +149,15 @@ def encoder(
 
 def _converted(model: SentenceTransformer, tokenizer: Tokenizer, dtype: str) -> Backend | None:
     """Convert a model to OpenVINO, and hold its vectors against PyTorch's; None, with a warning, if they are others."""
-    probes = _probe_batch(tokenizer)
+    probes = _probes(model, tokenizer)
     with ThreadPoolExecutor(1) as stream:  # a backend changes the number of threads of the thread that calls it
-        expected = stream.submit(PyTorchBackend(model), probes).result()
+        expected = list(stream.map(PyTorchBackend(model), probes))
     attention = getattr(model[0].auto_model.config, "_attn_implementation", None)
     try:
         from engine.models.backends.openvino import OpenVinoBackend
 
         backend = OpenVinoBackend(model, dtype, num_cores())
-        lowest = _lowest_cosine(backend(probes), expected)
+        lowest = min(_lowest_cosine(backend(probe), own) for probe, own in zip(probes, expected, strict=True))
     except Exception as error:  # whatever a converter makes of modules that it has never seen
         logger.warning("backend torch: OpenVINO cannot convert %s (%s)", _name(model), type(error).__name__)
     else:
@@ -172,14 +175,18 @@ def _converted(model: SentenceTransformer, tokenizer: Tokenizer, dtype: str) -> 
     return None
 
 
-def _probe_batch(tokenizer: Tokenizer) -> Batch:
-    """Make a batch of rows with much, little and no padding."""
+def _probes(model: SentenceTransformer, tokenizer: Tokenizer) -> list[Batch]:
+    """Make a batch of rows with much, little and no padding, and one of a single long row."""
     found = tokenizer([*PROBES, *(text[: len(text) // 2] for text in PROBES)])
-    bounds = zip(found.starts[:-1], found.starts[1:], strict=True)
-    tokens = Tokens.of([found.ids[start:stop][:MAX_PROBE_TOKENS].tolist() for start, stop in bounds])
-    positions = np.arange(len(tokens.starts) - 1)
-    ids, mask = tokens.padded(positions, pad_id=tokenizer.pad_id, pad_left=tokenizer.pad_left)
-    return Batch(positions, ids, mask, ids.size)
+    lists = [found.ids[start:stop].tolist() for start, stop in itertools.pairwise(found.starts)]
+    num_known = model[0].auto_model.get_input_embeddings().num_embeddings
+    known = [ids for ids in lists if max(ids, default=0) < num_known]  # a tokenizer may have more than its model
+    batches = []
+    for some in ([ids[:MAX_PROBE_TOKENS] for ids in known], [max(known, key=len)[:LONG_PROBE_TOKENS]]):
+        tokens, positions = Tokens.of(some), np.arange(len(some))
+        ids, mask = tokens.padded(positions, pad_id=tokenizer.pad_id, pad_left=tokenizer.pad_left)
+        batches.append(Batch(positions, ids, mask, ids.size))
+    return batches
 
 
 def _lowest_cosine(one: Vectors, other: Vectors) -> float:
@@ -206,7 +213,8 @@ def _cast(model: SentenceTransformer, dtype: str) -> SentenceTransformer:
 
 
 def _name(model: SentenceTransformer) -> str:
-    return str(getattr(model[0].config, "model_type", "")) or type(model[0]).__name__
+    config = getattr(model[0], "config", None)
+    return str(getattr(config, "model_type", "")) or type(model[0]).__name__
 
 
 def _log(model: SentenceTransformer, device: str, backend: str, dtype: str, why: str) -> None:

@@ -28,6 +28,8 @@ PROBES = (
     "word " * 9000,
 )
 """What a tokenizer may treat in its own way: case, accents, spaces, scripts, special tokens, and more than it takes."""
+GIVEN = frozenset({"input_ids", "attention_mask", "modality", "prompt_length"})
+"""Features that a padded batch has, or that only count where pooling leaves the prompt out."""
 CHARACTERS_PER_TOKEN = 6
 """Of a text's beginning, which is tokenized first when the text is long: English has 4 to 5 characters a token."""
 SPLITS_AT_SPACES = frozenset({"BertPreTokenizer", "Whitespace", "WhitespaceSplit"})
@@ -108,7 +110,13 @@ class Tokenizer:
             prompt = model.prompts.get(model.default_prompt_name)
         if prompt and any(not getattr(module, "include_prompt", True) for module in model):
             return None  # pooling leaves the prompt's tokens out, which takes more than ids and a mask
-        wanted = [model.preprocess([text], prompt=prompt)["input_ids"][0].tolist() for text in PROBES]
+        features = [model.preprocess([text], prompt=prompt) for text in PROBES]
+        if any(
+            set(one) - GIVEN - {"token_type_ids"} or ("token_type_ids" in one and one["token_type_ids"].any())
+            for one in features
+        ):
+            return None  # the model is given more than ids and a mask
+        wanted = [one["input_ids"][0].tolist() for one in features]
         own, limit = model.tokenizer, model.max_seq_length
         tokenizer = cls(
             own.backend_tokenizer,

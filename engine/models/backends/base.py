@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,11 @@ class Backend(ABC):
     def relieve(self) -> None:
         """Give back what memory the device's allocator holds in reserve; called after it ran out."""
         return
+
+
+def features_of(input_ids: Any, attention_mask: Any) -> dict[str, Any]:
+    """Return what sentence-transformers' modules are given with a padded batch of texts."""
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "modality": "text"}
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -7,6 +7,7 @@ is what runs; nothing is exported to a file, and no second library describes the
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -16,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import openvino as ov
 import torch
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
-from engine.models.backends.base import Backend, Batch
+from engine.models.backends.base import Backend, Batch, features_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -77,9 +78,7 @@ class _Traceable(torch.nn.Module):
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        vectors: torch.Tensor = self.model({"input_ids": input_ids, "attention_mask": attention_mask})[
-            "sentence_embedding"
-        ]
+        vectors: torch.Tensor = self.model(features_of(input_ids, attention_mask))["sentence_embedding"]
         return vectors
 
 
@@ -95,11 +94,15 @@ def _converted(model: SentenceTransformer) -> Any:
 @contextmanager
 def _hushed() -> Iterator[None]:
     """Keep off the screen what tracing warns of, since the vectors are checked anyway."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    root = logging.getLogger()
+    before = root.level, root.handlers[:], root.filters[:]  # a converter that fails leaves them as it changed them
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)
+        root.setLevel(before[0])
+        root.handlers[:], root.filters[:] = before[1:]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from engine.models.backends.base import Backend, Batch
+from engine.models.backends.base import Backend, Batch, features_of
 from engine.models.cores import num_cores
 
 if TYPE_CHECKING:
@@ -100,4 +100,4 @@ def _tensors(batch: Batch, device: torch.device, *, pin: bool = False) -> dict[s
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     if pin:
         tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-    return {name: tensor.to(device, non_blocking=pin) for name, tensor in tensors.items()}
+    return features_of(**{name: tensor.to(device, non_blocking=pin) for name, tensor in tensors.items()})
