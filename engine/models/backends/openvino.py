@@ -53,7 +53,11 @@ class OpenVinoBackend(Backend):
             "INFERENCE_NUM_THREADS": num_streams,
             "ENABLE_CPU_PINNING": False,  # several actors of a machine would all be pinned to its first cores
         }
-        self._compiled = ov.Core().compile_model(_converted(model), "CPU", settings)
+        core, converted = ov.Core(), _converted(model)
+        self._compiled = core.compile_model(converted, "CPU", settings)
+        if self.precision not in (PRECISIONS[dtype], "f32"):  # a CPU without float16 would take bfloat16, which is less
+            settings["INFERENCE_PRECISION_HINT"] = "f32"
+            self._compiled = core.compile_model(converted, "CPU", settings)
         self._idle: deque[Any] = deque(self._compiled.create_infer_request() for _ in range(num_streams))
 
     @property
