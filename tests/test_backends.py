@@ -18,6 +18,7 @@ from sentence_transformers.sentence_transformer.modules import LayerNorm, Normal
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from engine.models.backends.base import is_out_of_memory
 from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel
 from tests.tiny_models import (
     BERT,
@@ -184,3 +185,42 @@ def test_a_text_of_which_the_tokenizer_makes_nothing_is_rejected_alone(tmp_path,
     assert cosines(answer.vectors, expected).min() >= LEAST
     alone = rows(model, [nothing])
     assert (list(alone.rejects), len(alone.vectors)) == ([0], 0)
+
+
+# What is out of memory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        torch.cuda.OutOfMemoryError("HIP out of memory"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("Exception from src/inference/src/cpp/infer_request.cpp:224:\nstd::bad_alloc"),
+        MemoryError(),
+        np._core._exceptions._ArrayMemoryError((10**9, 10**9), np.dtype(np.float32)),
+    ],
+    ids=lambda error: str(error)[:40] or type(error).__name__,
+)
+def test_what_means_that_memory_ran_out_is_known(error):
+    """CUDA's own error, those that only say so, the CPU's allocator, OpenVINO's, numpy's and Python's."""
+    assert is_out_of_memory(error)
+
+
+def test_what_torch_raises_here_without_memory_is_known():
+    """The real message, of the version that is installed."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**15)
+    assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("CUDA error: device-side assert triggered"), ValueError("out of memory"), KeyError(), OSError()],
+)
+def test_other_errors_are_not_taken_for_memory(error):
+    """A smaller batch would not help."""
+    assert not is_out_of_memory(error)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from engine.batching import pack, pack_in_turns
 from engine.models import model_files
 from tests.tiny_models import PACKAGED, sample
+
+settings.register_profile("tests", deadline=None, database=None, derandomize=True)
+settings.load_profile("tests")
 
 LENGTHS = st.lists(st.integers(0, 700), max_size=200)
 BUDGETS = st.integers(1, 3000)
@@ -84,7 +87,7 @@ def test_budgets_that_take_turns_have_as_many_tokens_and_texts_of_all_lengths():
         own = np.concatenate([batch for one, batch in batches if one == budget])
         assert lengths[own].sum() == pytest.approx(lengths.sum() / 3, rel=0.1)
         assert np.quantile(lengths[own], [0.1, 0.5, 0.9]) == pytest.approx(
-            np.quantile(lengths, [0.1, 0.5, 0.9]), rel=0.2
+            np.quantile(lengths, [0.1, 0.5, 0.9]), abs=12
         )
     padding = 1 - lengths.sum() / padded(lengths, [batch for _, batch in batches])
     assert padding < 0.02

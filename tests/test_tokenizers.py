@@ -26,6 +26,9 @@ from tests.tiny_models import (
     word_pieces,
 )
 
+settings.register_profile("tests", deadline=None, database=None, derandomize=True)
+settings.load_profile("tests")
+
 ENDS = processors.TemplateProcessing("<s> $A </s>", "<s> $A $B </s>", [("<s>", 0), ("</s>", 2)])
 LIMIT = 16
 
@@ -167,7 +170,6 @@ def check(family: str, texts: list[str], limit: int = LIMIT) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(deadline=None)
 @given(text=st.lists(PIECES, min_size=20, max_size=120).map("".join), limit=st.integers(3, 24))
 def test_ids_are_the_tokenizer_s_own_wherever_a_text_is_cut(family, text, limit):
     """Whatever it makes of spaces, and of what looks like them."""

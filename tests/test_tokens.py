@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
@@ -16,6 +16,9 @@ from transformers import AutoTokenizer
 from engine.models import model_files
 from engine.models.tokens import CHARACTERS_PER_TOKEN, Tokenizer, Tokens
 from tests.tiny_models import PACKAGED, sample
+
+settings.register_profile("tests", deadline=None, database=None, derandomize=True)
+settings.load_profile("tests")
 
 FOLDER = model_files.folder_of(PACKAGED)
 LIMIT = 256
