@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from engine.models.backends.base import is_out_of_memory
 from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel
+from tests.test_cores import threads_of_a_new_thread
 from tests.tiny_models import (
     BERT,
     DECODER,
@@ -113,6 +114,7 @@ class Case:
     expected: np.ndarray
     model: SentenceTransformerEmbeddingModel
     left_logging: bool
+    left_threads: bool
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
@@ -120,10 +122,12 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     kind, backend = request.param
     folder = tmp_path_factory.mktemp(backend)
     reference = KINDS[kind].save(folder)
-    before = root_logger()
+    before, threads = root_logger(), (torch.get_num_threads(), threads_of_a_new_thread())
     model = by_engine(folder, backend)
+    rows(model, mixed())
+    left_threads = threads == (torch.get_num_threads(), threads_of_a_new_thread())
     assert (model.backend, model.device) == (backend, "cpu")
-    return Case(reference, reference.encode(mixed()), model, root_logger() == before)
+    return Case(reference, reference.encode(mixed()), model, root_logger() == before, left_threads)
 
 
 def test_vectors_are_those_of_the_library(case):
@@ -170,6 +174,11 @@ def test_several_callers_at_once_have_their_own_vectors(case):
 def test_the_logging_of_the_process_stays_as_it_is(case):
     """OpenVINO sets the level of the root logger while it converts."""
     assert case.left_logging
+
+
+def test_the_threads_of_the_process_stay_as_they_are(case):
+    """The caller's own, and those that start later, after a model was built and used."""
+    assert case.left_threads
 
 
 @pytest.mark.parametrize("nothing", ["\u200b", "\u00ad\u200d"])

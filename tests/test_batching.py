@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from engine.batching import pack, pack_in_turns
-from engine.models import model_files
-from tests.tiny_models import PACKAGED, sample
+from tests.test_tokens import of_minilm
+from tests.tiny_models import sample
 
 settings.register_profile("tests", deadline=None, database=None, derandomize=True)
 settings.load_profile("tests")
@@ -108,9 +107,7 @@ def test_lengths_of_small_integers_do_not_overflow():
 @pytest.mark.parametrize("kind", ["messages", "conversations"])
 def test_real_text_is_hardly_padded(kind):
     """2,048 of chitchat-dataset's texts under 512 tokens: less than 3% of what the device computes is padding."""
-    tokenizer = AutoTokenizer.from_pretrained(model_files.folder_of(PACKAGED))
-    ids = tokenizer(sample(kind, 2048), truncation=True, max_length=256)["input_ids"]
-    lengths = np.array([len(one) for one in ids])
+    lengths = of_minilm()(sample(kind, 2048)).lengths
     batches = pack(lengths, max_tokens=512)
     assert 1 - lengths.sum() / padded(lengths, batches) < 0.03
     unsorted = [np.arange(start, min(start + 32, 2048)) for start in range(0, 2048, 32)]

@@ -80,7 +80,7 @@ def test_receipts_of_a_parcel_add_up(tmp_path):
     assert {receipt.backend for receipt in found} == {"torch"}
     ids = bert_tokenizer()([*mixed(), "a"], truncation=True, max_length=MAX_LENGTH)["input_ids"]
     assert sum(receipt.num_tokens for receipt in found) == sum(map(len, ids))
-    assert sum(receipt.num_padded_tokens for receipt in found) > sum(map(len, ids))
+    assert 1 < sum(receipt.num_padded_tokens for receipt in found) / sum(map(len, ids)) < 1.5
     for receipt in found:
         padding = 1 - receipt.num_tokens / receipt.num_padded_tokens
         assert receipt.padding_share == pytest.approx(padding, abs=1e-4)
