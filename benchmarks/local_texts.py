@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from benchmarks import corpus
 from benchmarks.measure import fresh
+from engine.models import base
 from engine.models.model_files import folder_of
 
 if TYPE_CHECKING:
@@ -128,8 +129,7 @@ def lowest_cosine(vectors: Vectors, texts: Row) -> float:
     expected = np.load(texts["reference"])[: texts["rows"]]
     if vectors.shape != expected.shape:
         raise SystemExit(f"the vectors are {vectors.shape}, and should be {expected.shape}")
-    lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(expected, axis=1)
-    return float(np.min(np.sum(vectors * expected, axis=1) / lengths))
+    return base.lowest_cosine(vectors, expected)
 
 
 def encode_padding(texts: Row, batch_size: int, chunk_rows: int | None = None) -> float:

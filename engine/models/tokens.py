@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,6 +55,10 @@ class Tokens:
         np.cumsum(np.fromiter(map(len, lists), np.int64, len(lists)), out=starts[1:])
         return cls(np.fromiter(chain.from_iterable(lists), np.int32, int(starts[-1])), starts)
 
+    def lists(self) -> list[list[int]]:
+        """Return the ids of each text, as `of` takes them."""
+        return [self.ids[start:stop].tolist() for start, stop in pairwise(self.starts)]
+
     @property
     def lengths(self) -> Ints:
         """Tokens of each text."""
@@ -62,11 +66,12 @@ class Tokens:
 
     def padded(self, positions: Positions, *, pad_id: int, pad_left: bool) -> tuple[Ints, Ints]:
         """Return the ids of some texts and their attention mask, both of shape (texts, longest), int64."""
-        lengths = self.lengths[positions]
+        starts = self.starts[positions]
+        lengths = self.starts[positions + 1] - starts
         longest = int(lengths.max(initial=0))
         columns = np.arange(longest)[None, :] - ((longest - lengths)[:, None] if pad_left else 0)
         is_token = (columns >= 0) & (columns < lengths[:, None])
-        at = np.where(is_token, self.starts[positions][:, None] + columns, 0)
+        at = np.where(is_token, starts[:, None] + columns, 0)
         return np.where(is_token, self.ids[at], pad_id).astype(np.int64), is_token.astype(np.int64)
 
 
@@ -126,10 +131,7 @@ class Tokenizer:
             pad_left=own.padding_side == "left",
             truncate_left=own.truncation_side == "left",
         )
-        found = tokenizer(PROBES)
-        if [
-            found.ids[start:stop].tolist() for start, stop in zip(found.starts, found.starts[1:], strict=False)
-        ] != wanted:
+        if tokenizer(PROBES).lists() != wanted:
             logger.warning(
                 "the tokenizer of %s does more than it says; the model's own encode is used", type(own).__name__
             )

@@ -1,0 +1,49 @@
+"""What an actor of the engine does, and nothing else: no Ray, no writing. The engine's own cost is what it takes beside this."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from engine.config import load_config
+from engine.models import registry
+from engine.pipeline import resources
+from engine.pipeline.worker import _set_threads
+from engine.sources import texts
+from engine.sources.parquet import read_shards
+from engine.survey import survey
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from engine.models.base import Embeddings
+
+
+class BareLoop:
+    """
+    The shards of a job and its model, built with the threads that an actor of this machine would have.
+
+    Args:
+        job: Options of `engine.run`; nothing is written to its output.
+        num_gpus: That the actor would see.
+    """
+
+    def __init__(self, job: dict[str, Any], num_gpus: int = 0) -> None:
+        self._config = load_config(**job)
+        plan = survey(self._config).standing.plan
+        self._pending = plan.pending
+        node = {"CPU": float(os.cpu_count() or 1), "GPU": float(num_gpus)}
+        if num_threads := resources.decide(self._config, [node], len(plan.pending)).num_threads:
+            _set_threads(num_threads)
+        self.model = registry.build(registry.suited(self._config.of_model(), plan.pending_bytes))
+
+    def answers(self) -> Iterator[tuple[Embeddings, float]]:
+        """Yield the model's answer to each shard, read as a reader of the engine reads it, and when it was there."""
+        events = asyncio.new_event_loop()
+        for _, shards in groupby(self._pending, lambda shard: shard.file):
+            for table in read_shards(list(shards), [self._config.text_column]):
+                rows, _, _ = texts.split(texts.values_of(table.column(self._config.text_column)))
+                yield events.run_until_complete(self.model.embed_rows(rows)), time.perf_counter()
