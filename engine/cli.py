@@ -25,7 +25,7 @@ from typer.exceptions import TyperException
 
 from engine import runner
 from engine.config import load_config
-from engine.errors import ConfigError, EngineError
+from engine.errors import ConfigError, EngineError, ProviderError
 from engine.options import given, job_options
 from engine.streams import without_core_notices
 from engine.terminal import show_plan, show_run, show_status, show_verify
@@ -213,6 +213,9 @@ def _exit_code_of(result: RunResult, job: JobConfig) -> int:
     if result.interrupted:
         _say(f"interrupted: {result.pending_rows:,} rows are left; run the same command again to go on")
         return INTERRUPTED
+    if result.stopped:
+        _say(f"stopped: {result.stopped}; {result.pending_rows:,} rows are left, and what was committed is kept")
+        return ProviderError.exit_code
     if job.max_rejects is not None and (result.total_rejects or 0) > job.max_rejects:
         _say(
             f"error: {result.total_rejects:,} rows are rejected, and --max-rejects is {job.max_rejects:,}; all others are "

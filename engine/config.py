@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -39,8 +41,8 @@ class ModelConfig(BaseModel):
 
     model: str = Field(
         DEFAULT_MODEL,
-        description="provider:name, such as sentence-transformers:all-MiniLM-L6-v2, "
-        "sentence-transformers:/a/folder, or custom:package.module.Class",
+        description="provider:name, such as sentence-transformers:all-MiniLM-L6-v2, sentence-transformers:/a/folder, "
+        "openai:text-embedding-3-small, cohere:embed-v4.0, or custom:package.module.Class",
     )
     model_args: dict[str, Any] = Field(
         default_factory=dict, description="arguments of a custom model, as JSON", json_schema_extra=_VECTORS
@@ -54,7 +56,7 @@ class ModelConfig(BaseModel):
     dimensions: int | None = Field(
         None,
         ge=1,
-        description="keep this many dimensions and normalise again (Matryoshka models)",
+        description="keep this many dimensions and normalise again (Matryoshka models); APIs are asked for them",
         json_schema_extra=_VECTORS,
     )
     normalize: bool = Field(
@@ -70,7 +72,9 @@ class ModelConfig(BaseModel):
         "auto", description="what runs a local model; auto takes OpenVINO on CPUs where it can, and PyTorch elsewhere"
     )
     batch_size: int | None = Field(
-        None, ge=1, description="texts that go through the model together at most (Kura's model_batch_size)"
+        None,
+        ge=1,
+        description="texts that go through the model together, or in one request, at most (Kura's model_batch_size)",
     )
     batch_tokens: int | None = Field(
         None,
@@ -78,6 +82,58 @@ class ModelConfig(BaseModel):
         description="tokens, padding among them, that go through a local model together; auto, the default, finds out on the "
         "job's own texts",
     )
+
+    input_type: Literal["search_document", "search_query", "classification", "clustering"] | None = Field(
+        None, description="what the vectors are for (Cohere); search_document by default", json_schema_extra=_VECTORS
+    )
+    long_texts: Literal["truncate", "chunk", "reject"] | None = Field(
+        None,
+        description="what an API is sent of texts that are longer than its model takes: the beginning (truncate, the default), "
+        "overlapping pieces whose vectors are averaged (chunk), or nothing (reject)",
+        json_schema_extra=_VECTORS,
+    )
+    base_url: str | None = Field(
+        None,
+        description="address of an API that is like OpenAI's, such as http://127.0.0.1:8000/v1, or of Azure's resource",
+    )
+    api_version: str | None = Field(
+        None, description="of Azure OpenAI, such as 2024-10-21; makes the model's name a deployment"
+    )
+    organization: str | None = Field(None, description="the OpenAI organisation that pays")
+    key_file: str | None = Field(
+        None, description="file that holds the API's key where the workers run; by default it is in their environment"
+    )
+    concurrent_requests: int | None = Field(
+        None, ge=1, le=256, description="requests of an actor at once (Kura's n_concurrent_jobs; default: 8)"
+    )
+    requests_per_minute: float | None = Field(
+        None, gt=0, description="the provider's limit for all actors together; learned from its answers by default"
+    )
+    tokens_per_minute: float | None = Field(
+        None, gt=0, description="the provider's limit for all actors together; learned from its answers by default"
+    )
+    request_timeout_s: float | None = Field(None, gt=0, description="seconds for one answer of an API (default: 60)")
+    give_up_s: float | None = Field(
+        None, gt=0, description="seconds after which an API that answers nothing is given up (default: 1800)"
+    )
+    price_per_million_tokens: float | None = Field(
+        None, ge=0, description="dollars, for plan, status and --max-cost; known for OpenAI's and Cohere's own models"
+    )
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_address(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("not an address, such as http://127.0.0.1:8000/v1")
+        if parts.username or parts.password or parts.query:
+            raise ValueError(
+                "an address with a user, a password or a query would be stored with the output; give the key in the workers' "
+                "environment or by key_file"
+            )
+        return value.rstrip("/")
 
     @field_validator("model")
     @classmethod
@@ -115,9 +171,9 @@ class ModelConfig(BaseModel):
         """What stands behind the colon of `model`."""
         return self.model.partition(":")[2]
 
-    def settings(self) -> dict[str, Any]:
-        """Return the settings that decide the vectors, other than the model itself, for the fingerprint."""
-        return _deciding(ModelConfig, self)
+    def settings(self, options: AbstractSet[str]) -> dict[str, Any]:
+        """Return the settings that decide the vectors, of those in `options`, which the model goes by, for the fingerprint."""
+        return _deciding(ModelConfig, self, options)
 
 
 class JobConfig(ModelConfig):
@@ -144,6 +200,9 @@ class JobConfig(ModelConfig):
     )
     cpus_per_actor: int | None = Field(
         None, ge=1, description="cores and model threads for each actor on CPUs; default: up to 4"
+    )
+    max_cost: float | None = Field(
+        None, gt=0, description="dollars; stop before all runs of the output together have cost more"
     )
     max_rejects: int | None = Field(None, ge=0, description="exit with 5 if more rows than this are rejected")
     address: str | None = Field(
@@ -196,9 +255,9 @@ class JobConfig(ModelConfig):
         """The columns that go from the source to the parts as they are, the id first."""
         return (*((self.id_column,) if self.id_column else ()), *self.keep)
 
-    def settings(self) -> dict[str, Any]:
-        """Return the settings that decide the vectors, other than the model itself, for the fingerprint."""
-        return _deciding(JobConfig, self)
+    def settings(self, options: AbstractSet[str]) -> dict[str, Any]:
+        """Return the settings that decide the vectors, of the job and of those in `options`, which the model goes by."""
+        return _deciding(JobConfig, self, options)
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -244,11 +303,13 @@ def validated(kind: type[_Config], values: dict[str, Any]) -> _Config:
         raise ConfigError("; ".join(problems)) from None
 
 
-def _deciding(kind: type[BaseModel], config: BaseModel) -> dict[str, Any]:
+def _deciding(kind: type[BaseModel], config: BaseModel, options: AbstractSet[str]) -> dict[str, Any]:
     return {
         name: getattr(config, name)
         for name, field in kind.model_fields.items()
-        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("decides") == "vectors"
+        if isinstance(field.json_schema_extra, dict)
+        and field.json_schema_extra.get("decides") == "vectors"
+        and (name in options or name not in ModelConfig.model_fields)
     }
 
 

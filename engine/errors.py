@@ -9,8 +9,11 @@ The errors of the engine: one tree, drawn before the code that raises them.
     │   ├── SourceChanged       3   an input is no longer what was planned or committed
     │   └── OutputInUse         3   a live run owns the output
     ├── ProviderError           4   the model or its provider fails, whatever the text
-    │   ├── AuthenticationFailed, QuotaExhausted, RateLimited
-    │   └── InputRejected           this one text is refused; its neighbours are not
+    │   ├── AuthenticationFailed, QuotaExhausted
+    │   ├── RateLimited, Unavailable, RequestTooLarge    a provider's, which the same text may pass later, or in smaller company
+    │   ├── InputRejected           this one text is refused; its neighbours are not
+    │   │   └── InputTooLong        … because it is too long
+    │   └── Stopped                 the run is ending, and this was not begun
     └── CorruptOutput           6   what is stored is not what was written
         └── CommitConflict      6   two different answers for one shard
 
@@ -85,11 +88,61 @@ class QuotaExhausted(ProviderError):
 
 
 class RateLimited(ProviderError):
-    """The provider asks to wait."""
+    """
+    The provider asks to wait.
+
+    Args:
+        message: What is wrong, and what to do about it.
+        wait_s: Seconds for which the provider asks; None if it does not say.
+        of: Which limit it was, `requests` or `tokens`; empty if that is not known.
+        limit: Of that per minute, as the provider words it.
+    """
+
+    def __init__(self, message: str, wait_s: float | None = None, *, of: str = "", limit: float | None = None) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+        self.of = of
+        self.limit = limit
+
+
+class Unavailable(ProviderError):
+    """
+    The provider does not answer now, or not sensibly.
+
+    Args:
+        message: What is wrong.
+        wait_s: Seconds for which the provider asks; None if it does not say.
+    """
+
+    def __init__(self, message: str, wait_s: float | None = None) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+
+
+class RequestTooLarge(ProviderError):
+    """
+    A request has more texts or tokens than the provider takes at once; in pieces it may pass.
+
+    Args:
+        message: What is wrong.
+        of: What it has too many of, `inputs` or `tokens`.
+    """
+
+    def __init__(self, message: str, *, of: str = "tokens") -> None:
+        super().__init__(message)
+        self.of = of
 
 
 class InputRejected(ProviderError):
     """One text is refused; its neighbours are not. The message becomes the reject's reason."""
+
+
+class InputTooLong(InputRejected):
+    """One text is longer than the model takes."""
+
+
+class Stopped(ProviderError):
+    """The run is ending (its money is spent, its quota used up), and what was asked for was not begun."""
 
 
 class CorruptOutput(EngineError):

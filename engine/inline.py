@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from engine.config import ModelConfig, validated
 from engine.errors import ConfigError, EngineError
 from engine.models import registry
+from engine.models.loop_thread import LoopThread
 from engine.sources.texts import reject_reason
 
 if TYPE_CHECKING:
@@ -52,11 +51,9 @@ def _resident(config: str) -> BaseEmbeddingModel:
 
 def _embed_aside(model: BaseEmbeddingModel, texts: list[str]) -> Embeddings:
     """Run the model's coroutine to its end on the one loop that all calls share, in a thread beside the caller's."""
-    return asyncio.run_coroutine_threadsafe(model.embed_rows(texts), _own_loop()).result()
+    return _own_thread().submit(model.embed_rows(texts)).result()
 
 
 @lru_cache(maxsize=1)
-def _own_loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="engine-embed", daemon=True).start()
-    return loop
+def _own_thread() -> LoopThread:
+    return LoopThread("engine-embed")

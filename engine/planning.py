@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from engine.schema import Shard
 from engine.sources.parquet import FileShape
 
-SHARD_TEXT_BYTES = 4 * 1024**2
-"""Text in a shard of a large job: seconds of work for the fastest model, beside which Ray's 16 ms a shard are nothing."""
 MIN_SHARD_TEXT_BYTES = 256 * 1024
 """Text in a shard of a small job: seconds of work on a few cores."""
 SHARDS_OF_A_SMALL_JOB = 64
 """What a small job is cut into, if its shards do not get too small for it: enough for a few actors to share it evenly."""
 MIN_SHARD_ROWS = 64
-MAX_SHARD_ROWS = 16_384
 MAX_SHARDS = 100_000
 """More than this and driver and listings are felt: larger jobs get larger shards, up to a size that memory bears."""
 MAX_SHARD_TEXT_BYTES = 256 * 1024**2
@@ -51,18 +48,23 @@ class Plan:
         return round(self.num_bytes * self.pending_rows / self.num_rows) if self.num_rows else 0
 
 
-def choose_shard_rows(shapes: Sequence[FileShape]) -> int:
+def choose_shard_rows(shapes: Sequence[FileShape], *, max_rows: int, max_bytes: int) -> int:
     """
     Choose how many rows a shard has, from the job: enough text that what Ray spends on a shard is lost in what the model
     does, not so much that a kill costs more than a minute or so.
+
+    Args:
+        shapes: Files with their row groups.
+        max_rows: Rows of short texts that the model wants in a shard.
+        max_bytes: Text that it wants there. A job of very many shards gets larger ones all the same.
     """
     num_rows = sum(shape.num_rows for shape in shapes)
     text_bytes = sum(shape.text_bytes for shape in shapes)
     if not num_rows:
-        return MAX_SHARD_ROWS
+        return max_rows
     row_bytes = max(1.0, text_bytes / num_rows)
-    shard_bytes = min(max(text_bytes / SHARDS_OF_A_SMALL_JOB, MIN_SHARD_TEXT_BYTES), SHARD_TEXT_BYTES)
-    by_text = min(max(int(shard_bytes / row_bytes), MIN_SHARD_ROWS), MAX_SHARD_ROWS)
+    shard_bytes = min(max(text_bytes / SHARDS_OF_A_SMALL_JOB, MIN_SHARD_TEXT_BYTES), max_bytes)
+    by_text = min(max(int(shard_bytes / row_bytes), MIN_SHARD_ROWS), max_rows)
     by_count = -(-num_rows // MAX_SHARDS)
     by_memory = max(MIN_SHARD_ROWS, int(MAX_SHARD_TEXT_BYTES / row_bytes))
     return min(max(by_text, by_count), by_memory, LARGEST_SHARD_ROWS)

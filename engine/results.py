@@ -15,6 +15,28 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
+class Forecast(Result):
+    """What the pending texts will cost a provider's customer."""
+
+    num_texts: int
+    """That will be sent, without duplicates."""
+    num_duplicates: int
+    """Texts that are not sent, since others of their shard are the same."""
+    num_rejects: int
+    """Rows that will be rejected, as far as can be told without the provider."""
+    num_long: int
+    """Texts that are longer than the model takes."""
+    num_tokens: int
+    is_exact: bool
+    """The tokens are the provider's own, of all texts; else an upper bound, or an estimate from a sample."""
+    num_requests: int
+    cost: float | None
+    """Dollars; None if nobody knows the price."""
+    seconds: float | None
+    """That the limits allow it to be done in; None if they were not given."""
+
+
+@dataclass(frozen=True, slots=True)
 class PlanResult(Result):
     """What a run would do. Nothing was written for it, and no model loaded."""
 
@@ -34,6 +56,32 @@ class PlanResult(Result):
     pending_rows: int
     pending_bytes: int
     warnings: list[str] = field(default_factory=list)
+    forecast: Forecast | None = None
+    """Of what a provider will be asked for; None for models that run here."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderUse(Result):
+    """What a provider was asked, and what it took."""
+
+    num_requests: int
+    num_refusals: int
+    """Requests to which the provider asked to wait."""
+    num_retries: int
+    """Requests that were sent again since they had failed."""
+    num_duplicates: int
+    """Texts that were not sent, since others of their shard are the same."""
+    num_long: int
+    """Texts that were cut, or embedded in chunks."""
+    cost: float | None
+    """Dollars; None if nobody knows the price."""
+    tokens_per_minute: float | None = None
+    """After the first shard."""
+    tokens_per_minute_limit: float | None = None
+    requests_per_minute_limit: float | None = None
+    tokens_at_risk: int | None = None
+    """That a crash would have made to be paid again, at most: of the shards in flight."""
+    cost_at_risk: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +116,12 @@ class RunResult(Result):
     device_idle_share: float | None
     """Of the devices' time after the first batch, that in which they waited; None if the model does not say."""
     interrupted: bool = False
+    stopped: str = ""
+    """Why the run ended before all was done, if it was no error: its money was spent."""
     total_rejects: int | None = None
     """Rejects of all runs, counted only if `max_rejects` was given."""
+    provider: ProviderUse | None = None
+    """What a provider was asked; None for models that run here."""
     warnings: list[str] = field(default_factory=list)
 
 
@@ -95,6 +147,8 @@ class StatusResult(Result):
     """None if the source cannot be read from here."""
     pending_rows: int | None
     warnings: list[str] = field(default_factory=list)
+    provider: ProviderUse | None = None
+    """What a provider was asked in all runs; None for models that run here."""
 
 
 @dataclass(frozen=True, slots=True)

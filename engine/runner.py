@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
-from engine.errors import CorruptOutput, EngineError, SourceError
+from engine.errors import ConfigError, CorruptOutput, EngineError, SourceError, Stopped
 from engine.models import registry
+from engine.models.api.prices import MILLION, price_of
 from engine.planning import parcels
-from engine.results import Finding, PlanResult, PoolStarted, RunPlanned, RunResult, ShardDone, StatusResult
+from engine.results import Finding, PlanResult, PoolStarted, ProviderUse, RunPlanned, RunResult, ShardDone, StatusResult
 from engine.survey import resurvey, survey
-from engine.tally import Tally
+from engine.tally import ASKED, Tally
 
 if TYPE_CHECKING:
     from engine.config import JobConfig
+    from engine.pipeline.budget import Shared
     from engine.pipeline.resources import Resources
     from engine.pipeline.stream import Stream
     from engine.results import VerifyResult
@@ -32,7 +34,9 @@ OnEvent = Callable[[RunPlanned | PoolStarted | ShardDone], None]
 
 
 def plan(config: JobConfig) -> PlanResult:
-    """Say what a run would do. Writes nothing, loads no model, starts no Ray."""
+    """Say what a run would do. Writes nothing, loads no model, starts no Ray. For a provider's model it reads the pending texts."""
+    from engine.forecast import forecast
+
     asked = survey(config)
     todo = asked.standing.plan
     return PlanResult(
@@ -51,6 +55,7 @@ def plan(config: JobConfig) -> PlanResult:
         pending_rows=todo.pending_rows,
         pending_bytes=todo.pending_bytes,
         warnings=list(asked.standing.warnings),
+        forecast=forecast(asked.config, todo),
     )
 
 
@@ -69,6 +74,7 @@ def run(config: JobConfig, on_event: OnEvent | None = None) -> RunResult:
     """
     tally = Tally()
     asked = survey(config)
+    max_tokens = _max_tokens(asked)
     if asked.ledger.claim(asked.job) != asked.job:
         asked = survey(config)  # another driver was first, and its cuts hold
     asked.ledger.storage.collect_staging()
@@ -78,7 +84,7 @@ def run(config: JobConfig, on_event: OnEvent | None = None) -> RunResult:
     if _adopt(asked, tally):
         asked = survey(config)
     if asked.standing.plan.pending:
-        _stream(asked, tally, on_event or (lambda _: None))
+        _stream(asked, tally, on_event or (lambda _: None), max_tokens)
     logger.info("embedding done: %d embeddings, %d rejects", tally.num_rows, tally.num_rejects)
     return tally.result(asked)
 
@@ -89,6 +95,7 @@ def status(output: str) -> StatusResult:
     reasons: Counter[str] = Counter()
     totals: Counter[str] = Counter()
     embed_s, dimension = 0.0, 0
+    cost: float | None = None
     for record in ledger.records():
         totals["shards"] += 1
         totals["rows"] += record.num_rows
@@ -96,6 +103,9 @@ def status(output: str) -> StatusResult:
         totals["tokens"] += record.usage.num_tokens
         totals["bytes"] += record.num_bytes
         reasons.update(record.reasons)
+        totals.update({name: getattr(record.usage, name) for name in ASKED})
+        if record.usage.cost is not None:
+            cost = (cost or 0.0) + record.usage.cost
         embed_s += record.usage.embed_s
         dimension = record.dimension
     return StatusResult(
@@ -114,6 +124,7 @@ def status(output: str) -> StatusResult:
         pending_shards=len(standing.plan.pending) if standing else None,
         pending_rows=standing.plan.pending_rows if standing else None,
         warnings=list(standing.warnings) if standing else [_untold(problem)],
+        provider=ProviderUse(**{name: totals[name] for name in ASKED}, cost=cost) if totals["num_requests"] else None,
     )
 
 
@@ -161,7 +172,25 @@ def _adopt(asked: Survey, tally: Tally) -> int:
     return len(shards)
 
 
-def _stream(asked: Survey, tally: Tally, on_event: OnEvent) -> None:
+def _max_tokens(asked: Survey) -> float | None:
+    """
+    Return how many tokens `max_cost` leaves for this run, after what the committed shards have cost.
+
+    Raises:
+        ConfigError: If nobody knows what a token costs.
+    """
+    if asked.config.max_cost is None:
+        return None
+    price = price_of(asked.config)
+    if price is None:
+        raise ConfigError(
+            f"max_cost: the price of {asked.config.model} is not known: give --price-per-million-tokens, or leave --max-cost out"
+        )
+    spent = sum(record.usage.cost or 0.0 for record in asked.ledger.records())
+    return (asked.config.max_cost - spent) / price * MILLION if price else None
+
+
+def _stream(asked: Survey, tally: Tally, on_event: OnEvent, max_tokens: float | None) -> None:
     """Send the pending shards through Ray, and count their receipts until they are all in or somebody interrupts."""
     from engine.pipeline import cluster, resources
 
@@ -173,10 +202,18 @@ def _stream(asked: Survey, tally: Tally, on_event: OnEvent) -> None:
         tally.num_actors = chosen.max_actors
         logger.info("embedding started: %d texts in %d shards", todo.pending_rows, len(todo.pending))
         on_event(PoolStarted(chosen.max_actors, "GPU" if chosen.num_gpus else "CPU"))
-        with closing(_pipeline(asked, chosen, groups).receipts()) as receipts:
-            for receipt in receipts:
-                tally.add_streamed(receipt)
-                on_event(ShardDone(receipt.num_rows, receipt.num_rejects, receipt.num_tokens, receipt.num_bytes))
+        tally.shards_at_risk = chosen.parcels_inside * chosen.max_actors
+        with _budget(asked.config, chosen, max_tokens, tally) as budget:
+            try:
+                with closing(_pipeline(asked, chosen, groups, budget).receipts()) as receipts:
+                    for receipt in receipts:
+                        tally.add_streamed(receipt)
+                        on_event(
+                            ShardDone(receipt.num_rows, receipt.num_rejects, receipt.num_tokens, receipt.num_bytes)
+                        )
+            except Stopped as stopped:
+                tally.stopped = stopped.message
+                return
         # The ledger decides whether all is done, not what Ray brought.
         left = {shard.id for shard in todo.pending} - asked.ledger.committed()
         if left:
@@ -186,7 +223,23 @@ def _stream(asked: Survey, tally: Tally, on_event: OnEvent) -> None:
             )
 
 
-def _pipeline(asked: Survey, chosen: Resources, groups: Sequence[tuple[Shard, ...]]) -> Stream:
+@contextmanager
+def _budget(config: JobConfig, chosen: Resources, max_tokens: float | None, tally: Tally) -> Iterator[Shared | None]:
+    """Have a budget for a job that asks a provider, and note at the end what it has learned of the limits."""
+    from engine.pipeline import budget
+
+    if registry.model_class(config.of_model()).needs(config).has_device:
+        yield None
+        return
+    with budget.shared(config, chosen.max_actors, max_tokens) as shared:
+        try:
+            yield shared
+        finally:
+            if (found := budget.standing(shared)) is not None:
+                tally.limits = found.limits
+
+
+def _pipeline(asked: Survey, chosen: Resources, groups: Sequence[tuple[Shard, ...]], budget: Shared | None) -> Stream:
     from engine.pipeline.stream import Stream
     from engine.pipeline.worker import Work
 
@@ -200,6 +253,8 @@ def _pipeline(asked: Survey, chosen: Resources, groups: Sequence[tuple[Shard, ..
         columns=config.kept_columns,
         num_threads=chosen.num_threads,
         log_level=logging.getLogger("engine").getEffectiveLevel(),
+        price=price_of(config),
+        budget=budget,
     )
     return Stream(groups, work, asked.ledger, asked.job.fingerprint, chosen)
 

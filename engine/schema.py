@@ -18,7 +18,7 @@ import xxhash
 
 from engine.errors import CorruptOutput
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Of the output folder as a whole. It is in the fingerprint: parts of two formats never share an output."""
 
 EMBEDDING = "embedding"
@@ -39,6 +39,10 @@ def content_hash(data: bytes | str) -> str:
     """Return the 128-bit XXH3 of `data`, as 32 hexadecimal digits. Against accidents, not against attackers."""
     raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data  # file names may be any bytes
     return str(xxhash.xxh3_128_hexdigest(raw))
+
+
+LEFT = "left"
+"""Outcome of a shard that was not embedded, since the run is ending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,16 @@ class Usage:
     """Seconds for which the actor's device was this shard's: since the shard before it, or since its own start."""
     busy_s: float = 0.0
     """Of these, the seconds in which the device computed; 0 if the model does not say."""
+    num_requests: int = 0
+    """To a provider, that the shard's first text began, or that it shared."""
+    num_refusals: int = 0
+    num_retries: int = 0
+    num_duplicates: int = 0
+    """Texts that were not sent, since others of the shard are the same."""
+    num_long: int = 0
+    """Texts that were cut, or embedded in chunks."""
+    cost: float | None = None
+    """Dollars; None if nobody knows the price."""
     device: str = ""
     backend: str = ""
     """What ran the model there."""
@@ -182,11 +196,19 @@ class Receipt:
     busy_s: float
     num_bytes: int
     outcome: str
-    """`committed` by this run, `adopted` from a part that had no record, or `present`: another run was first."""
+    """`committed` by this run, `adopted` from a part that had no record, `present`: another run was first; or `left`: the run is
+    ending, and the shard was not embedded."""
     reasons: str
     """JSON: how many rows were rejected for each reason."""
     device: str
     backend: str
+    num_requests: int = 0
+    num_refusals: int = 0
+    num_retries: int = 0
+    num_duplicates: int = 0
+    num_long: int = 0
+    cost: float | None = None
+    """Dollars; None if nobody knows the price."""
 
     @classmethod
     def of(cls, record: CommitRecord, outcome: str) -> Receipt:
@@ -204,7 +226,18 @@ class Receipt:
             reasons=canonical_json(record.reasons),
             device=record.usage.device,
             backend=record.usage.backend,
+            num_requests=record.usage.num_requests,
+            num_refusals=record.usage.num_refusals,
+            num_retries=record.usage.num_retries,
+            num_duplicates=record.usage.num_duplicates,
+            num_long=record.usage.num_long,
+            cost=record.usage.cost,
         )
+
+    @classmethod
+    def left(cls, shard: Shard) -> Receipt:
+        """Make the receipt for a shard that was not embedded."""
+        return cls(shard.id, 0, 0, 0, 0, 0.0, 0.0, 0, LEFT, "{}", "", "")
 
     @property
     def padding_share(self) -> float | None:

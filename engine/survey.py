@@ -59,7 +59,7 @@ def survey(config: JobConfig) -> Survey:
     ledger = Ledger(open_storage(config.output))
     inventory = list_inputs(config.source, outside=config.output)
     found = registry.pinned(config)
-    pinned = config.model_copy(update={"model": found.model, "revision": found.revision})
+    pinned = config.model_copy(update={name: getattr(found, name) for name in ("model", "revision", "base_url")})
     identity = registry.identity(pinned)
     shapes = read_shapes(inventory.files, text_column=config.text_column, kept=config.kept_columns)
     asked = _job(pinned, identity, inventory, shapes)
@@ -126,11 +126,13 @@ def _compare(ledger: Ledger, job: Job, inventory: Inventory, shapes: list[FileSh
 
 
 def _job(config: JobConfig, identity: dict[str, Any], inventory: Inventory, shapes: list[FileShape]) -> Job:
-    decided_by = {**config.settings(), **identity, "format_version": FORMAT_VERSION}
+    model = registry.model_class(config)
+    decided_by = {**config.settings(model.options), **identity, "format_version": FORMAT_VERSION}
     return Job(
         fingerprint=fingerprint_of(decided_by),
         decided_by=decided_by,
-        shard_rows=config.shard_rows or choose_shard_rows(shapes),
+        shard_rows=config.shard_rows
+        or choose_shard_rows(shapes, max_rows=model.max_shard_rows, max_bytes=model.max_shard_bytes),
         base=inventory.base,
         kept_types=dict(shapes[0].kept_types) if shapes else {},
         config=config.model_dump(mode="json") | {"source": [absolute(source) for source in config.source]},

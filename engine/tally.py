@@ -8,7 +8,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from engine.results import RunResult
+from engine.models.api.limits import Limits
+from engine.results import ProviderUse, RunResult
 from engine.schema import OTHER_REASONS, idle_share, padding_share
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 SAME_PARCEL_S = 0.05
 """Receipts this close came in one parcel."""
 MAX_REASONS = 100
+ASKED = ("num_requests", "num_refusals", "num_retries", "num_duplicates", "num_long")
+"""What is counted of a provider."""
 
 
 @dataclass(slots=True)
@@ -45,6 +48,13 @@ class Tally:
     done_before_rows: int = 0
     num_actors: int = 0
     interrupted: bool = False
+    stopped: str = ""
+    asked: Counter[str] = field(default_factory=Counter)
+    """Of a provider: requests, refusals, retries, duplicates, long texts."""
+    cost: float | None = None
+    limits: Limits = field(default_factory=Limits)
+    shards_at_risk: int = 0
+    """In flight at once, at most: what a crash would have lost."""
 
     def add(self, receipt: Receipt) -> None:
         """Count one shard."""
@@ -55,6 +65,10 @@ class Tally:
         for reason, count in json.loads(receipt.reasons).items():
             is_known = reason in self.reasons or len(self.reasons) < MAX_REASONS
             self.reasons[reason if is_known else OTHER_REASONS] += count
+        for name in ASKED:
+            self.asked[name] += getattr(receipt, name)
+        if receipt.cost is not None:
+            self.cost = (self.cost or 0.0) + receipt.cost
         self.devices.add(receipt.device)
         self.backends.add(receipt.backend)
         if receipt.padding_share is not None:
@@ -109,6 +123,23 @@ class Tally:
             padding_share=padding_share(self.known_tokens, self.padded_tokens),
             device_idle_share=idle_share(self.busy_s, self.held_s),
             interrupted=self.interrupted,
+            stopped=self.stopped,
             total_rejects=total_rejects,
+            provider=self._provider_use(),
             warnings=list(asked.standing.warnings),
+        )
+
+    def _provider_use(self) -> ProviderUse | None:
+        if not self.asked["num_requests"]:
+            return None
+        a_row = self.num_tokens / max(self.num_rows, 1)
+        at_risk = round(self.num_tokens / max(self.num_shards, 1) * min(self.shards_at_risk, self.num_shards))
+        return ProviderUse(
+            **{name: self.asked[name] for name in ASKED},
+            cost=self.cost,
+            tokens_per_minute=round(self.rows_per_s * a_row * 60, 1),
+            tokens_per_minute_limit=self.limits.tokens,
+            requests_per_minute_limit=self.limits.requests,
+            tokens_at_risk=at_risk,
+            cost_at_risk=None if self.cost is None else round(self.cost * at_risk / max(self.num_tokens, 1), 6),
         )

@@ -6,13 +6,16 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.config import ModelConfig
 from engine.errors import ConfigError, InputRejected, ProviderError
+
+if TYPE_CHECKING:
+    from engine.models.api.budget import BudgetPort
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +25,21 @@ PROBE = "The quick brown fox jumps over the lazy dog."
 """A text that every model embeds. When one text fails alone, this one tells whether the text or the model is at fault."""
 
 MAX_REASON_CHARACTERS = 200
-FOR_EVERY_MODEL = frozenset({"model", "model_args", "device"})
-"""Options that a custom model may be given; it knows nothing of the others."""
+MODEL_SHARD_ROWS = 16_384
+MODEL_SHARD_BYTES = 4 * 1024**2
+"""Text in a shard of a large job: seconds of work for the fastest model, beside which Ray's 16 ms a shard are nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What an actor with a model needs."""
+
+    has_device: bool = True
+    """A GPU, or cores of its own."""
+    parcels_inside: int = 3
+    """Of an actor: one on the device, one that is ready for it, one that leaves."""
+    actors: int | None = None
+    """How many are enough; None for as many as there is room for."""
 
 
 @dataclass(slots=True)
@@ -42,6 +58,16 @@ class Embeddings:
     """Seconds for which the device was these texts': from the end of the ones before; 0 if the model does not say."""
     busy_s: float = 0.0
     """Of these, the seconds in which the device computed."""
+    num_requests: int = 0
+    """That were sent to a provider."""
+    num_refusals: int = 0
+    """Of them, those to which the provider asked to wait."""
+    num_retries: int = 0
+    """Of them, those that had failed before."""
+    num_duplicates: int = 0
+    """Texts that were not sent, since others are the same."""
+    num_long: int = 0
+    """Texts that were cut, or embedded in chunks, since they are longer than the model takes."""
 
 
 class BadAnswer(Exception):
@@ -55,6 +81,12 @@ class BaseEmbeddingModel(ABC):
     The engine builds it once in each actor, from its class and arguments, and keeps one event loop for it. `embed` may raise
     anything: the engine finds the texts that cause it by halving, and rejects them alone.
     """
+
+    options: ClassVar[frozenset[str]] = frozenset({"model", "model_args", "device"})
+    """The fields of `ModelConfig` that the model goes by; a job that sets others is refused."""
+    max_shard_rows: ClassVar[int] = MODEL_SHARD_ROWS
+    max_shard_bytes: ClassVar[int] = MODEL_SHARD_BYTES
+    """Of text, in the shards of a job that does not say how large they are."""
 
     shards_at_once: int = 1
     """Calls of `embed_rows` that may overlap. A model that waits (for a network, for its turn on a device) allows several."""
@@ -71,9 +103,38 @@ class BaseEmbeddingModel(ABC):
     async def embed(self, texts: list[str]) -> list[list[float]] | npt.NDArray[Any]:
         """Return a vector for each text, in order: lists of floats, or an array of shape (len(texts), dimension)."""
 
+    def share(self, budget: BudgetPort) -> None:  # noqa: B027 - of those that ask a provider
+        """Go by a budget that is shared with others; to be called before the first text is embedded."""
+
     async def close(self) -> None:
         """Release what the model holds; it is not used afterwards."""
         return
+
+    @classmethod
+    def needs(cls, config: ModelConfig) -> Needs:  # noqa: ARG003 - for those that go by it
+        """Say what an actor with the model needs."""
+        return Needs()
+
+    @classmethod
+    def check_options(cls, config: ModelConfig) -> None:
+        """
+        Refuse options that the model does not go by: whoever gives one expects that it does something.
+
+        Raises:
+            ConfigError: Names them.
+        """
+        given = [
+            name
+            for name, option in ModelConfig.model_fields.items()
+            if name not in cls.options and getattr(config, name) != option.get_default(call_default_factory=True)
+        ]
+        if not given:
+            return
+        if config.provider == "custom":
+            raise ConfigError(
+                f"{', '.join(given)}: not for custom models; put what {config.name} takes into model_args"
+            )
+        raise ConfigError(f"{', '.join(given)}: not for {config.provider} models; leave it out")
 
     @classmethod
     def pinned(cls, config: ModelConfig) -> ModelConfig:
@@ -96,17 +157,8 @@ class BaseEmbeddingModel(ABC):
         Build the model as a job's config describes it; a custom model gets `model_args` as keyword arguments.
 
         Raises:
-            ConfigError: If the arguments do not fit, or options are given that a custom model knows nothing of.
+            ConfigError: If the arguments do not fit.
         """
-        given = [
-            name
-            for name, option in ModelConfig.model_fields.items()
-            if name not in FOR_EVERY_MODEL and getattr(config, name) != option.default
-        ]
-        if given:
-            raise ConfigError(
-                f"{', '.join(given)}: not for custom models; put what {config.name} takes into model_args"
-            )
         try:
             return cls(**config.model_args)
         except TypeError as error:

@@ -12,6 +12,8 @@ from engine.models.base import BaseEmbeddingModel
 CUSTOM = "custom"
 PROVIDERS = {
     "sentence-transformers": "engine.models.sentence_transformer.SentenceTransformerEmbeddingModel",
+    "openai": "engine.models.openai.OpenAIEmbeddingModel",
+    "cohere": "engine.models.cohere.CohereEmbeddingModel",
 }
 """Where each provider's class is. Its module is imported when it is asked for, and heavy imports are inside its methods."""
 
@@ -21,17 +23,19 @@ def model_class(config: ModelConfig) -> type[BaseEmbeddingModel]:
     Return the class that a config names.
 
     Raises:
-        ConfigError: If there is no such provider, module or class.
+        ConfigError: If there is no such provider, module or class, or it does not take the options that are given.
     """
     if config.provider == CUSTOM:
-        return _imported(config.name)
-    if config.model_args:
+        found = _imported(config.name)
+    elif config.model_args:
         raise ConfigError("model_args are for custom models; give the options of this one by their own names")
-    try:
-        return _imported(PROVIDERS[config.provider])
-    except KeyError:
+    elif config.provider in PROVIDERS:
+        found = _imported(PROVIDERS[config.provider])
+    else:
         known = ", ".join([*PROVIDERS, CUSTOM])
-        raise ConfigError(f"unknown provider {config.provider!r} in {config.model!r}; known are: {known}") from None
+        raise ConfigError(f"unknown provider {config.provider!r} in {config.model!r}; known are: {known}")
+    found.check_options(config)
+    return found
 
 
 def pinned(config: ModelConfig) -> ModelConfig:

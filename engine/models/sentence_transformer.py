@@ -49,6 +49,12 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
         ConfigError: If there is no such model, device or backend.
     """
 
+    options = frozenset(
+        {
+            "model", "batch_size", "device", "backend", "batch_tokens", "dtype", "max_length", "dimensions", "normalize",
+            "prompt", "revision", "trust_remote_code",
+        }
+    )  # fmt: skip
     shards_at_once = SHARDS_AT_ONCE
 
     def __init__(

@@ -28,6 +28,8 @@ class Item:
     table: pa.Table
     rejects: list[Reject] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
+    is_left: bool = False
+    """It was not embedded, since the run is ending: nothing of it is committed."""
 
 
 def pack(items: Sequence[Item]) -> pa.Table:
@@ -38,6 +40,7 @@ def pack(items: Sequence[Item]) -> pa.Table:
             "num_rows": item.table.num_rows,
             "rejects": [reject.as_json() for reject in item.rejects],
             "usage": asdict(item.usage),
+            "is_left": item.is_left,
         }
         for item in items
     ]
@@ -87,7 +90,7 @@ def unpack(block: pa.Table) -> Iterator[list[Item]]:
             shard = Shard(entry["id"], InputFile(**entry["file"]), entry["start"], entry["stop"])
             rejects = [Reject(**reject) for reject in entry["rejects"]]
             rows = table.slice(start, entry["num_rows"])
-            items.append(Item(shard, rows, rejects, Usage(**entry["usage"])))
+            items.append(Item(shard, rows, rejects, Usage(**entry["usage"]), entry["is_left"]))
             start += entry["num_rows"]
         yield items
 
@@ -98,8 +101,7 @@ def pack_receipts(receipts: Iterable[Receipt]) -> pa.Table:
     return pa.table({RECEIPTS: pa.array([line], pa.large_string())})
 
 
-def unpack_receipts(block: pa.Table) -> Iterator[Receipt]:
-    """Yield the receipts in a block, of however many parcels."""
+def unpack_receipts(block: pa.Table) -> Iterator[list[Receipt]]:
+    """Yield the receipts of each parcel in a block."""
     for line in block.column(RECEIPTS).to_pylist():
-        for fields in json.loads(line):
-            yield Receipt(**fields)
+        yield [Receipt(**fields) for fields in json.loads(line)]

@@ -8,7 +8,8 @@ import pyarrow as pa
 
 from engine.errors import Refused
 from engine.ledger import Ledger
-from engine.pipeline.parcel import pack_receipts, unpack
+from engine.pipeline.parcel import Item, pack_receipts, unpack
+from engine.schema import Receipt
 
 NICENESS = 10
 """A publisher has time; the models' threads, which wait for each other, have not."""
@@ -31,12 +32,13 @@ class Publisher:
     def __call__(self, block: pa.Table) -> pa.Table:
         """Commit every shard in a block; return their receipts."""
         self._check_place()
-        return pack_receipts(
-            self._ledger.publish(
-                item.table, shard=item.shard, fingerprint=self._fingerprint, rejects=item.rejects, usage=item.usage
-            )
-            for items in unpack(block)
-            for item in items
+        return pa.concat_tables([pack_receipts(self._receipt(item) for item in items) for items in unpack(block)])
+
+    def _receipt(self, item: Item) -> Receipt:
+        if item.is_left:
+            return Receipt.left(item.shard)
+        return self._ledger.publish(
+            item.table, shard=item.shard, fingerprint=self._fingerprint, rejects=item.rejects, usage=item.usage
         )
 
     def _check_place(self) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from engine.config import JobConfig
 from engine.errors import ConfigError
+from engine.models import registry
+from engine.models.base import Needs
 
 LIGHT_CPUS = 0.06
 """Readers and publishers wait for disks. With a whole CPU each, they would stand still behind the actors, or the actors
@@ -17,6 +19,8 @@ ACTORS_PER_PUBLISHER = 4
 RESERVED_CPUS = 0.25
 """Of each actor's cores, for two readers and a publisher."""
 MAX_CORES_PER_ACTOR = 4
+WAITING_CPUS = 0.5
+"""Of an actor that asks a provider: enough for any provider's limits, and room for it beside other work on one core."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,8 @@ class Resources:
     """Of the model; 0 leaves them as they are, on GPUs."""
     min_actors: int
     max_actors: int
+    parcels_inside: int = 3
+    """Of an actor, at once."""
 
     @property
     def max_readers(self) -> int:
@@ -56,6 +62,9 @@ def decide(config: JobConfig, nodes: Sequence[Mapping[str, float]], num_parcels:
     Raises:
         ConfigError: If no node can hold an actor and the cluster will not grow.
     """
+    needs = registry.model_class(config.of_model()).needs(config)
+    if not needs.has_device:
+        return _without_device(config, needs)
     wants_gpu = config.gpus_per_actor is not None or config.device.startswith("cuda")
     gpus = [node.get("GPU", 0.0) for node in nodes]
     cpus = [node.get("CPU", 0.0) for node in nodes]
@@ -79,7 +88,13 @@ def decide(config: JobConfig, nodes: Sequence[Mapping[str, float]], num_parcels:
         )
     most = config.num_actors or room
     least = config.min_actors or min(most, max(room, 1), max(num_parcels, 1))
-    return Resources(num_cpus, num_gpus, num_threads, min(least, most), most)
+    return Resources(num_cpus, num_gpus, num_threads, min(least, most), most, needs.parcels_inside)
+
+
+def _without_device(config: JobConfig, needs: Needs) -> Resources:
+    """Actors that wait for a network need next to nothing, and more of them bring nothing: the limits are the provider's."""
+    most = config.num_actors or needs.actors or 1
+    return Resources(WAITING_CPUS, 0.0, 0, min(config.min_actors or most, most), most, needs.parcels_inside)
 
 
 def _actors_on_gpus(gpus: float, share: float) -> int:

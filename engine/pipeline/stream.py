@@ -12,19 +12,18 @@ from ray.data.context import AutoscalingConfig
 
 from engine.ledger import Ledger
 from engine.pipeline import cluster
+from engine.pipeline.budget import Drain
 from engine.pipeline.datasource import Parcel, ShardDatasource
 from engine.pipeline.parcel import unpack_receipts
 from engine.pipeline.publish import Publisher
 from engine.pipeline.resources import LIGHT_CPUS, Resources
 from engine.pipeline.worker import EmbedWorker, Work
-from engine.schema import Receipt
+from engine.schema import LEFT, Receipt
 
 NO_PROGRESS_S = 4 * 3600
 """Ray's half an hour would end a run whose shards take a slow model longer than that, again and again."""
 MAX_CRASHES = 5
 """Of actors over one parcel. Ray's default is no limit, and a text that makes a library crash would be tried for ever."""
-PARCELS_INSIDE = 3
-"""Of an actor: one on the device, one that is ready for it, one that leaves."""
 PARCELS_WAITING = 1
 """Before an actor, so that none waits for Ray's scheduler to come round."""
 POOL_GROWS_AT = 1.3
@@ -48,6 +47,7 @@ class Stream:
         Run, and yield a receipt for each shard as it is committed. To stop early, close the iterator.
 
         Raises:
+            Stopped: When the budget has stopped the run, and all that was begun is committed.
             EngineError: What a reader, an actor or a publisher raised. What was committed stays so.
         """
         # A limit of one byte makes every row, which is a parcel, a block of its own.
@@ -58,8 +58,14 @@ class Stream:
         }
         with cluster.settings(**wanted), cluster.translated():
             blocks = self._chain().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+            drain = Drain(self.work.budget)
             for block in blocks:
-                yield from unpack_receipts(block)
+                for receipts in unpack_receipts(block):
+                    yield from (receipt for receipt in receipts if receipt.outcome != LEFT)
+                    drain.add(receipts)
+                if drain.is_empty():
+                    break
+            drain.raise_if_stopped()
 
     def _chain(self) -> ray.data.Dataset:
         chosen = self.resources
@@ -79,8 +85,8 @@ class Stream:
                 compute=ActorPoolStrategy(
                     min_size=chosen.min_actors,
                     max_size=chosen.max_actors,
-                    max_concurrent_calls_per_actor=PARCELS_INSIDE,
-                    max_tasks_in_flight_per_actor=PARCELS_INSIDE + PARCELS_WAITING,
+                    max_concurrent_calls_per_actor=chosen.parcels_inside,
+                    max_tasks_in_flight_per_actor=chosen.parcels_inside + PARCELS_WAITING,
                     enable_true_multi_threading=True,
                 ),
                 num_cpus=chosen.num_cpus,

@@ -6,20 +6,23 @@ import asyncio
 import logging
 import os
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from engine.config import ModelConfig
 from engine.errors import EngineError, ProviderError, Refused
 from engine.models import registry
+from engine.models.api.prices import dollars
 from engine.models.base import BaseEmbeddingModel, Embeddings, Vectors
+from engine.models.loop_thread import LoopThread
+from engine.pipeline.budget import Shared, join
 from engine.pipeline.parcel import Item, pack, unpack
 from engine.schema import EMBEDDING, SOURCE_ROW, Reject, Usage, vectors_type
 from engine.sources import texts as text_checks
@@ -27,6 +30,10 @@ from engine.sources import texts as text_checks
 logger = logging.getLogger(__name__)
 
 MADE_ID = "id"
+COUNTS = (
+    "num_tokens", "num_padded_tokens", "num_requests", "num_refusals", "num_retries", "num_duplicates", "num_long",
+)  # fmt: skip
+"""Of an answer, that are divided among its shards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,10 @@ class Work:
     num_threads: int
     """For the model, on CPUs; 0 leaves them as they are."""
     log_level: int
+    price: float | None = None
+    """Dollars per million tokens."""
+    budget: Shared | None = None
+    """Of a job that asks a provider."""
 
 
 class EmbedWorker:
@@ -59,11 +70,12 @@ class EmbedWorker:
     def __init__(self, work: Work) -> None:
         _show_logs(work.log_level)
         self._work = work
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="model-loop", daemon=True).start()
+        self._thread = LoopThread("model-loop")
         self._failure: EngineError | None = None
         try:
             self._model = _built(work)
+            if work.budget is not None:
+                join(self._model, work.budget)
             self._gate = asyncio.Semaphore(self._model.shards_at_once)
         except EngineError as error:
             self._failure = error  # for the first call: of an error in a constructor Ray passes on the text alone
@@ -84,7 +96,12 @@ class EmbedWorker:
         found = [text_checks.split(text_checks.values_of(item.table.column(self._work.text_column))) for item in items]
         all_texts = [text for texts, _, _ in found for text in texts]
         logger.debug("embedding started: %d texts", len(all_texts))
-        answer = asyncio.run_coroutine_threadsafe(self._answer(all_texts), self._loop).result()
+        try:
+            answer = self._thread.submit(self._answer(all_texts)).result()
+        except ProviderError:
+            if self._work.budget is None:
+                raise
+            return [self._left(item) for item in items]  # the budget knows, and ends the run
         logger.debug("embedding done: %d embeddings, %d rejects", len(answer.vectors), len(answer.rejects))
 
         embedded = []
@@ -96,9 +113,10 @@ class EmbedWorker:
             reasons |= {positions[number]: why for number, why in failed.items()}
             vectors = answer.vectors[first_vector : first_vector + len(kept)]
             before, after = (at / max(len(all_texts), 1) for at in (first_text, stop))
+            counts = {name: _share(getattr(answer, name), before, after) for name in COUNTS}
             usage = Usage(
-                num_tokens=round(answer.num_tokens * after) - round(answer.num_tokens * before),  # they add up exactly
-                num_padded_tokens=round(answer.num_padded_tokens * after) - round(answer.num_padded_tokens * before),
+                **counts,
+                cost=None if self._work.price is None else round(dollars(counts["num_tokens"], self._work.price), 9),
                 embed_s=round(answer.held_s * (after - before), 6),
                 busy_s=round(answer.busy_s * (after - before), 6),
                 device=getattr(self._model, "device", ""),
@@ -112,6 +130,10 @@ class EmbedWorker:
             embedded.append(Item(item.shard, table, _rejects(rows, reasons), usage))
             first_text, first_vector = stop, first_vector + len(kept)
         return embedded
+
+    def _left(self, item: Item) -> Item:
+        rows = self._kept_columns(item).slice(0, 0)
+        return Item(item.shard, _with_vectors(rows, np.empty((0, 1), np.float32)), is_left=True)
 
     async def _answer(self, texts: list[str]) -> Embeddings:
         """Embed texts; the dimension is known even if there are none."""
@@ -130,6 +152,11 @@ class EmbedWorker:
         rows = item.table.column(SOURCE_ROW)
         ids = pc.binary_join_element_wise(item.shard.file.path, rows.cast(pa.string()), "#")
         return item.table.select([*self._work.columns, SOURCE_ROW]).add_column(0, MADE_ID, ids)
+
+
+def _share(total: int, before: float, after: float) -> int:
+    """Return a shard's part of a count of several: the parts add up exactly."""
+    return round(total * after) - round(total * before)
 
 
 def _built(work: Work) -> BaseEmbeddingModel:

@@ -1,0 +1,57 @@
+"""Long texts: what to do with those that have more tokens than the model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.models.api.tokens import Counter
+
+LongTexts = Literal["truncate", "chunk", "reject"]
+OVERLAP = 1 / 16
+"""Of a chunk, that it shares with the one before: a sentence or two, so that what a cut goes through is whole in one of them."""
+SHORTER = 0.7
+"""To which a text is cut whose tokens cannot be counted here, when the server says that it is too long."""
+
+Pieces = list[tuple[str, int]]
+"""Texts that stand for one, each with its number of tokens."""
+
+
+def fitted(text: str, num_tokens: int, *, counter: Counter, limit: int, how: LongTexts) -> Pieces | None:
+    """
+    Return what is sent for a text of `num_tokens`, of which the model takes `limit`; None if it is to be rejected.
+
+    Chunks are of one size but for the last, and overlap, as in OpenAI's own recipe ("Embedding texts that are longer than the
+    model's maximum context length", OpenAI Cookbook).
+    """
+    if num_tokens <= limit:
+        return [(text, num_tokens)]
+    if how == "reject":
+        return None
+    if how == "truncate":
+        return counter.windows(text, limit, limit)[:1]
+    return _with_text(counter.windows(text, limit, max(round(limit * (1 - OVERLAP)), 1)))
+
+
+def shortened(text: str, *, counter: Counter, how: LongTexts) -> Pieces | None:
+    """Return what is sent for a text of which the server says that it is too long; None if it is to be rejected."""
+    size = max(int(len(text) * SHORTER), 1)
+    if how == "reject" or size >= len(text):
+        return None
+    ends = (text[:size],) if how == "truncate" else (text[:size], text[-size:])
+    return _with_text([(end, counter.count(end)) for end in ends]) or None
+
+
+def averaged(vectors: Sequence[npt.NDArray[np.float32]], weights: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Return the mean of pieces' vectors by their tokens, scaled to length 1: shape (dimension,)."""
+    mean = np.average(np.stack(vectors), axis=0, weights=weights)
+    norm = np.linalg.norm(mean)
+    return (mean / norm if norm > 0 else mean).astype(np.float32)
+
+
+def _with_text(pieces: Pieces) -> Pieces:
+    """Leave out what is blank: servers refuse it."""
+    return [(text, num_tokens) for text, num_tokens in pieces if text and not text.isspace()]

@@ -1,0 +1,164 @@
+"""Refusals: what a provider means by a status, headers and a body. No text and no key gets past here."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+import orjson
+
+from engine.errors import (
+    AuthenticationFailed,
+    InputRejected,
+    InputTooLong,
+    ProviderError,
+    QuotaExhausted,
+    RateLimited,
+    RequestTooLarge,
+    Unavailable,
+)
+from engine.models.api.limits import seconds_of
+
+NO_QUOTA = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "exceeded your current quota")
+TOO_LARGE = (
+    "max_tokens_per_request", "array_above_max_length", "tokens per request", "array too long", "request too large",
+    "maximum allowed batch size", "batch size", "too many inputs", "total number of texts", "too many tokens in",
+)  # fmt: skip
+OF_INPUTS = ("array", "batch size", "inputs", "number of texts")
+TOO_LONG = (
+    "maximum context length", "must have less than", "too long", "maximum input length", "exceeds the maximum",
+    "longer than the model", "max_model_len", "context length", "input length",
+)  # fmt: skip
+MAX_MESSAGE = 2000
+"""Characters of what a server says that are looked at."""
+MAX_WORDS = 160
+"""Characters of what a server says that are passed on."""
+WINDOW = 12
+"""Characters in a row of a text that give it away."""
+LEAST_QUOTED = 4
+"""Characters of a short text that is looked for as a whole: shorter ones are words that servers use."""
+_KEY = re.compile(r"\b(sk|pk|key|api)[-_][A-Za-z0-9_*.\-]{6,}|\b[A-Za-z0-9_\-]{32,}\b")
+_TRY_AGAIN = re.compile(r"(?:try again|retry) (?:in|after) ([0-9hms.]+[0-9hms])", re.IGNORECASE)
+_LIMIT = re.compile(r"(requests|tokens) per min.{0,20}?limit:? ([\d,]+)", re.IGNORECASE | re.DOTALL)
+
+
+def refusal(
+    status: int, headers: Mapping[str, str], body: bytes, texts: Sequence[str], secrets: Sequence[str] = ()
+) -> ProviderError:
+    """
+    Say what an answer that is no success means.
+
+    Args:
+        status: Of HTTP.
+        headers: Names in any case, as HTTP libraries have them.
+        body: As it came.
+        texts: That were sent: none of them is quoted.
+        secrets: That must not be passed on, whatever the server says.
+    """
+    message, code = _said(body)
+    signals = f"{code} {message}".lower()
+    words = scrubbed(message, texts, secrets)
+    wait_s = wait_of(headers, message)
+    if status in (401, 403):
+        return AuthenticationFailed(
+            f"the provider does not accept the key (HTTP {status}): see to it where the workers run"
+        )
+    if status == 402 or any(signal in signals for signal in NO_QUOTA):
+        return QuotaExhausted(
+            f"the provider's quota is used up (HTTP {status}): add to it, then run the same command again; "
+            "what was committed is kept"
+        )
+    if status in (400, 413, 422, 429) and any(signal in signals for signal in TOO_LARGE):
+        of = "inputs" if any(signal in signals for signal in OF_INPUTS) else "tokens"
+        return RequestTooLarge(f"the provider takes no request of this size (HTTP {status}): {words}", of=of)
+    if status == 429:
+        named = _LIMIT.search(message)
+        of, limit = (named[1].lower(), float(named[2].replace(",", ""))) if named else ("", None)
+        return RateLimited(f"the provider asks to wait (HTTP 429): {words}", wait_s, of=of, limit=limit)
+    if status == 413 or (status in (400, 422) and any(signal in signals for signal in TOO_LONG)):
+        return InputTooLong(f"the provider finds it too long (HTTP {status}): {words}")
+    if status in (400, 422):
+        return InputRejected(f"the provider refuses it (HTTP {status}): {words}")
+    if status in (408, 409, 425) or status >= 500:
+        return Unavailable(f"the provider fails (HTTP {status}): {words}", wait_s)
+    if status == 404:
+        return ProviderError(
+            f"the provider has no such model or address (HTTP 404): {words}. Mend --model or --base-url"
+        )
+    return ProviderError(f"the provider answers with HTTP {status}: {words}")
+
+
+def wait_of(headers: Mapping[str, str], message: str = "") -> float | None:
+    """Return for how many seconds a server asks to wait, in any of the forms that there are; None if it does not say."""
+    try:
+        if (value := headers.get("retry-after-ms")) is not None:
+            return max(float(value) / 1000, 0.0)
+        if (value := headers.get("retry-after")) is not None:
+            return max(float(value), 0.0)
+    except ValueError:
+        if (waits := _until(headers.get("retry-after", ""))) is not None:
+            return waits
+    if (said := _TRY_AGAIN.search(message)) and (seconds := seconds_of(said[1].rstrip("."))) is not None:
+        return seconds
+    spent = [of for of in ("requests", "tokens") if headers.get(f"x-ratelimit-remaining-{of}") == "0"]
+    resets = [seconds_of(headers.get(f"x-ratelimit-reset-{of}", "")) for of in spent]
+    return max((reset for reset in resets if reset is not None), default=None)
+
+
+def scrubbed(message: str, texts: Sequence[str], secrets: Sequence[str] = ()) -> str:
+    """Return a server's words without anything that stands in a text or looks like a key, on one line, and not too long."""
+    for secret in secrets:
+        message = message.replace(secret, "…") if secret else message
+    message = _KEY.sub("…", message)
+    for text in texts:
+        message = _without(message, text)
+    line = " ".join(message.split())
+    return line if len(line) <= MAX_WORDS else f"{line[:MAX_WORDS]}…"
+
+
+def _without(message: str, text: str) -> str:
+    if len(text) < WINDOW:
+        return message.replace(text, "…") if len(text) >= LEAST_QUOTED else message
+    kept, at = [], 0
+    while at < len(message):
+        window = message[at : at + WINDOW]
+        if len(window) == WINDOW and window in text:
+            end = at + WINDOW
+            while end < len(message) and message[at : end + 1] in text:
+                end += 1
+            kept.append("…")
+            at = end
+        else:
+            kept.append(message[at])
+            at += 1
+    return "".join(kept)
+
+
+def _said(body: bytes) -> tuple[str, str]:
+    """Return the message and the code of an error's body; of what is not JSON, nothing."""
+    try:
+        answer = orjson.loads(body)
+    except ValueError:
+        return "", ""
+    error = answer.get("error", answer) if isinstance(answer, dict) else answer
+    if isinstance(error, str):
+        return error[:MAX_MESSAGE], ""
+    if not isinstance(error, dict):
+        return "", ""
+    found = error.get("message") or error.get("detail") or ""
+    if isinstance(found, list):  # pydantic's, behind FastAPI: its `input` is the text, so only `msg` is taken
+        found = "; ".join(str(item.get("msg", "")) for item in found if isinstance(item, dict))
+    return str(found)[:MAX_MESSAGE], f"{error.get('code') or ''} {error.get('type') or ''}"
+
+
+def _until(date: str) -> float | None:
+    try:
+        when: datetime = parsedate_to_datetime(date)
+    except ValueError:
+        return None
+    if when.tzinfo is None:
+        when = when.replace(tzinfo=UTC)
+    return max((when - datetime.fromtimestamp(time.time(), UTC)).total_seconds(), 0.0)
