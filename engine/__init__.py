@@ -21,24 +21,31 @@ from engine.errors import (
     EngineError,
     FingerprintMismatch,
     InputRejected,
+    InputTooLong,
     OutputInUse,
     ProviderError,
     QuotaExhausted,
     RateLimited,
     Refused,
+    RequestTooLarge,
     SourceChanged,
     SourceError,
+    Stopped,
+    Unavailable,
 )
 from engine.version import __version__
 
 if TYPE_CHECKING:
     from engine.faces import embed, plan, run, status, verify
     from engine.models.base import BaseEmbeddingModel, Embeddings
+    from engine.models.cohere import CohereEmbeddingModel
+    from engine.models.openai import OpenAIEmbeddingModel
     from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel
 
 __all__ = [
     "AuthenticationFailed",
     "BaseEmbeddingModel",
+    "CohereEmbeddingModel",
     "CommitConflict",
     "ConfigError",
     "CorruptOutput",
@@ -46,14 +53,19 @@ __all__ = [
     "EngineError",
     "FingerprintMismatch",
     "InputRejected",
+    "InputTooLong",
+    "OpenAIEmbeddingModel",
     "OutputInUse",
     "ProviderError",
     "QuotaExhausted",
     "RateLimited",
     "Refused",
+    "RequestTooLarge",
     "SentenceTransformerEmbeddingModel",
     "SourceChanged",
     "SourceError",
+    "Stopped",
+    "Unavailable",
     "__version__",
     "embed",
     "plan",
@@ -70,6 +82,8 @@ _LAZY = {
     "verify": "engine.faces",
     "BaseEmbeddingModel": "engine.models.base",
     "Embeddings": "engine.models.base",
+    "CohereEmbeddingModel": "engine.models.cohere",
+    "OpenAIEmbeddingModel": "engine.models.openai",
     "SentenceTransformerEmbeddingModel": "engine.models.sentence_transformer",
 }
 

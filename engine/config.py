@@ -83,12 +83,12 @@ class ModelConfig(BaseModel):
         "job's own texts",
     )
 
-    input_type: Literal["search_document", "search_query", "classification", "clustering"] | None = Field(
-        None, description="what the vectors are for (Cohere); search_document by default", json_schema_extra=_VECTORS
+    input_type: Literal["search_document", "search_query", "classification", "clustering"] = Field(
+        "search_document", description="what the vectors are for (Cohere)", json_schema_extra=_VECTORS
     )
-    long_texts: Literal["truncate", "chunk", "reject"] | None = Field(
-        None,
-        description="what an API is sent of texts that are longer than its model takes: the beginning (truncate, the default), "
+    long_texts: Literal["truncate", "chunk", "reject"] = Field(
+        "truncate",
+        description="what an API is sent of texts that are longer than its model takes: the beginning (truncate), "
         "overlapping pieces whose vectors are averaged (chunk), or nothing (reject)",
         json_schema_extra=_VECTORS,
     )
@@ -116,8 +116,10 @@ class ModelConfig(BaseModel):
     give_up_s: float | None = Field(
         None, gt=0, description="seconds after which an API that answers nothing is given up (default: 1800)"
     )
-    price_per_million_tokens: float | None = Field(
-        None, ge=0, description="dollars, for plan, status and --max-cost; known for OpenAI's and Cohere's own models"
+    token_price: float | None = Field(
+        None,
+        ge=0,
+        description="dollars per million tokens, for plan, status and --max-cost; known for OpenAI's and Cohere's own models",
     )
 
     @field_validator("base_url")

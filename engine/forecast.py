@@ -48,7 +48,7 @@ def forecast(config: JobConfig, plan: Plan) -> Forecast | None:
     )
     found = _Found()
     for texts, num_rejects in _texts(config, sample):
-        numbers, pieces = terms.prepared(texts, config.prompt or "", config.long_texts or "truncate")
+        numbers, pieces = terms.prepared(texts, config.prompt or "", config.long_texts)
         found.num_rejects += num_rejects
         found.num_texts += len(pieces)
         found.num_duplicates += len(numbers) - len(pieces)

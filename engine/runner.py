@@ -184,7 +184,7 @@ def _max_tokens(asked: Survey) -> float | None:
     price = price_of(asked.config)
     if price is None:
         raise ConfigError(
-            f"max_cost: the price of {asked.config.model} is not known: give --price-per-million-tokens, or leave --max-cost out"
+            f"max_cost: the price of {asked.config.model} is not known: give --token-price, or leave --max-cost out"
         )
     spent = sum(record.usage.cost or 0.0 for record in asked.ledger.records())
     return (asked.config.max_cost - spent) / price * MILLION if price else None

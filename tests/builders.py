@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from engine.config import load_config
 from engine.ledger import Ledger
+from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel
 from engine.schema import (
     EMBEDDING,
     FORMAT_VERSION,
@@ -81,7 +82,11 @@ def publish(out: str | Path, shard: Shard | None = None, *, usage: Usage = USAGE
 
 def make_job(created_at: str = "now", **settings: Any) -> Job:
     config = load_config(source="in", output="out", **settings)
-    decided_by = {**config.settings(), "model": config.model, "format_version": FORMAT_VERSION}
+    decided_by = {
+        **config.settings(SentenceTransformerEmbeddingModel.options),
+        "model": config.model,
+        "format_version": FORMAT_VERSION,
+    }
     return Job(
         fingerprint=fingerprint_of(decided_by),
         decided_by=decided_by,

@@ -10,9 +10,16 @@ import pytest
 import engine
 from engine.config import DEFAULT_MODEL, JobConfig, ModelConfig, load_config, validated
 from engine.errors import ConfigError
+from engine.models.openai import OpenAIEmbeddingModel
+from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel
 
+LOCAL = SentenceTransformerEmbeddingModel.options
+OPENAI = OpenAIEmbeddingModel.options
+EVERY = frozenset(ModelConfig.model_fields)
 DECIDES = {
     "model_args",
+    "input_type",
+    "long_texts",
     "dtype",
     "max_length",
     "dimensions",
@@ -33,6 +40,17 @@ SPEED_AND_PLACE = {
     "gpus_per_actor",
     "cpus_per_actor",
     "max_rejects",
+    "max_cost",
+    "base_url",
+    "api_version",
+    "organization",
+    "key_file",
+    "concurrent_requests",
+    "requests_per_minute",
+    "tokens_per_minute",
+    "request_timeout_s",
+    "give_up_s",
+    "token_price",
     "address",
     "source",
     "output",
@@ -195,9 +213,16 @@ def test_every_option_is_described(field):
 
 def test_the_fingerprint_has_what_decides_vectors_and_nothing_else():
     """Whoever adds an option has to say here which it is; the model and its revision are in by identity."""
-    assert load().settings().keys() == DECIDES
+    assert load().settings(EVERY).keys() == DECIDES
     assert JobConfig.model_fields.keys() - DECIDES - {"model", "revision"} == SPEED_AND_PLACE
-    assert validated(ModelConfig, {}).settings().keys() == DECIDES - {"text_column"}
+    assert validated(ModelConfig, {}).settings(EVERY).keys() == DECIDES - {"text_column"}
+
+
+def test_the_fingerprint_has_only_what_the_model_goes_by():
+    """A setting of other models can neither change these vectors nor make an output of them another's."""
+    local = {"dtype", "max_length", "dimensions", "normalize", "prompt", "trust_remote_code", "text_column"}
+    assert load().settings(LOCAL).keys() == local
+    assert load().settings(OPENAI).keys() == {"model_args", "long_texts", "dimensions", "prompt", "text_column"}
 
 
 @pytest.mark.parametrize(
@@ -214,11 +239,14 @@ def test_the_fingerprint_has_what_decides_vectors_and_nothing_else():
         {"source": "elsewhere", "output": "elsewhere"},
         {"address": "auto"},
         {"max_rejects": 0},
+        {"max_cost": 1.0},
+        {"base_url": "http://127.0.0.1:1/v1"},
+        {"concurrent_requests": 3, "requests_per_minute": 3, "tokens_per_minute": 3},
     ],
 )
 def test_speed_and_place_are_not_in_the_fingerprint(options):
     """They may change from run to run."""
-    assert load(**options).settings() == load().settings()
+    assert load(**options).settings(EVERY) == load().settings(EVERY)
 
 
 @pytest.mark.parametrize(
@@ -232,11 +260,13 @@ def test_speed_and_place_are_not_in_the_fingerprint(options):
         {"trust_remote_code": True},
         {"text_column": "body"},
         {"model_args": {"a": 1}},
+        {"long_texts": "chunk"},
+        {"input_type": "clustering"},
     ],
 )
 def test_what_decides_the_vectors_is_in_the_fingerprint(options):
     """Vectors of two such settings must not mix."""
-    assert load(**options).settings() == load().settings() | options
+    assert load(**options).settings(EVERY) == load().settings(EVERY) | options
 
 
 def test_a_config_cannot_be_changed():

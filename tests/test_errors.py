@@ -24,6 +24,10 @@ CODES = {
     "QuotaExhausted": 4,
     "RateLimited": 4,
     "InputRejected": 4,
+    "InputTooLong": 4,
+    "RequestTooLarge": 4,
+    "Stopped": 4,
+    "Unavailable": 4,
     "CorruptOutput": 6,
     "CommitConflict": 6,
 }

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from engine.models.base import BaseEmbeddingModel
 from engine.planning import MIN_SHARD_ROWS, choose_shard_rows, cut, make_plan, parcels
 from engine.schema import InputFile, Shard
 from engine.sources.parquet import FileShape
@@ -177,10 +178,16 @@ def test_a_source_without_rows_has_an_empty_plan():
 # The size of shards
 
 
+def shard_rows_of(shapes: list[FileShape]) -> int:
+    return choose_shard_rows(
+        shapes, max_rows=BaseEmbeddingModel.max_shard_rows, max_bytes=BaseEmbeddingModel.max_shard_bytes
+    )
+
+
 @given(st.integers(0, 10**7), st.integers(1, 10**6))
 def test_a_shard_has_rows_and_its_text_fits_into_memory(num_rows, row_bytes):
     """From one-word rows to rows of a megabyte: some rows, and no more than a gibibyte of text."""
-    shard_rows = choose_shard_rows([shape([num_rows], row_bytes=row_bytes)])
+    shard_rows = shard_rows_of([shape([num_rows], row_bytes=row_bytes)])
     assert shard_rows >= 1
     assert not num_rows or shard_rows * row_bytes <= 1024**3
 
@@ -189,25 +196,23 @@ def test_a_shard_has_rows_and_its_text_fits_into_memory(num_rows, row_bytes):
 def test_larger_jobs_never_get_smaller_shards(one, other, row_bytes):
     """With rows of the same width: the number of shards is what grows too much otherwise."""
     small, large = sorted((one, other))
-    assert choose_shard_rows([shape([small], row_bytes=row_bytes)]) <= choose_shard_rows(
-        [shape([large], row_bytes=row_bytes)]
-    )
+    assert shard_rows_of([shape([small], row_bytes=row_bytes)]) <= shard_rows_of([shape([large], row_bytes=row_bytes)])
 
 
 @given(st.integers(1, 10**7), st.integers(1, 10**5), st.integers(1, 10**5))
 def test_wider_rows_never_get_larger_shards(num_rows, one, other):
     """A shard is so much text, whatever its rows (to the row that rounding costs)."""
-    narrow, wide = (choose_shard_rows([shape([num_rows], row_bytes=width)]) for width in sorted((one, other)))
+    narrow, wide = (shard_rows_of([shape([num_rows], row_bytes=width)]) for width in sorted((one, other)))
     assert wide <= narrow + 1
 
 
 def test_a_huge_job_has_a_number_of_shards_that_a_driver_bears():
     """A billion rows of a tweet each: at most a few hundred thousand shards."""
-    assert 10**9 / choose_shard_rows([shape([10**9], row_bytes=140)]) <= 300_000
+    assert 10**9 / shard_rows_of([shape([10**9], row_bytes=140)]) <= 300_000
 
 
 @given(st.lists(st.integers(0, 10**5), min_size=1, max_size=20))
 def test_the_size_of_shards_does_not_depend_on_how_rows_lie_in_files(rows):
     """It is chosen from rows and bytes of the whole job."""
     apart = [shape([count], name=str(number)) for number, count in enumerate(rows)]
-    assert choose_shard_rows(apart) == choose_shard_rows(apart[::-1]) == choose_shard_rows([shape(rows)])
+    assert shard_rows_of(apart) == shard_rows_of(apart[::-1]) == shard_rows_of([shape(rows)])

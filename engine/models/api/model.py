@@ -57,7 +57,7 @@ class ApiEmbeddingModel(BaseEmbeddingModel):
     options = frozenset(
         {
             "model", "model_args", "batch_size", "concurrent_requests", "requests_per_minute", "tokens_per_minute", "long_texts", "prompt",
-            "dimensions", "base_url", "key_file", "request_timeout_s", "give_up_s", "price_per_million_tokens",
+            "dimensions", "base_url", "key_file", "request_timeout_s", "give_up_s", "token_price",
         }
     )  # fmt: skip
     max_shard_rows = 2048

@@ -13,13 +13,13 @@ DOLLARS_PER_MILLION_TOKENS = {
     "cohere:embed-english-v3.0": 0.10,
     "cohere:embed-multilingual-v3.0": 0.10,
 }
-"""As the providers' price pages had them in November 2026; `--price-per-million-tokens` wins over this table."""
+"""As the providers' price pages had them in November 2026; `--token-price` wins over this table."""
 
 
 def price_of(config: ModelConfig) -> float | None:
     """Return dollars per million tokens; None if nobody has said what a server of one's own, or an unknown model, costs."""
-    if config.price_per_million_tokens is not None:
-        return config.price_per_million_tokens
+    if config.token_price is not None:
+        return config.token_price
     return None if config.base_url and not config.api_version else DOLLARS_PER_MILLION_TOKENS.get(config.model)
 
 

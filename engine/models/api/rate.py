@@ -62,7 +62,7 @@ class Rate:
     async def take(self, amount: float) -> Spent:
         """Wait until `amount` may be spent, and spend it; what is returned is for `correct`."""
         if self.limit is not None:
-            while (wait_s := self._wait_s(amount)) > 0:
+            while (wait_s := self._wait_s(amount)) > 0:  # noqa: ASYNC110 - only time can tell
                 await asyncio.sleep(wait_s)
             left = amount - self._credit
             self._credit = max(-left, 0.0)
