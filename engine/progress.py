@@ -123,7 +123,7 @@ class Progress:
         elif isinstance(event, PoolStarted):
             self._meter.start()
             actors = f"{event.num_actors} {event.device} actor{'s' if event.num_actors != 1 else ''}"
-            self._say("loading the model", f"loading the model on {actors}")
+            self._say("starting actors", f"starting {actors}")
         else:
             self._meter.add(event)
             if self._bar:

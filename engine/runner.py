@@ -201,7 +201,7 @@ def _stream(asked: Survey, tally: Tally, on_event: OnEvent, max_tokens: float | 
         chosen = resources.decide(asked.config, cluster.capacity(), len(groups))
         tally.num_actors = chosen.max_actors
         logger.info("embedding started: %d texts in %d shards", todo.pending_rows, len(todo.pending))
-        on_event(PoolStarted(chosen.max_actors, "GPU" if chosen.num_gpus else "CPU"))
+        on_event(PoolStarted(chosen.max_actors, chosen.kind))
         tally.shards_at_risk = chosen.parcels_inside * chosen.max_actors
         with _budget(asked.config, chosen, max_tokens, tally) as budget:
             try:

@@ -74,6 +74,8 @@ class Query:
     dimension: int
     base64: bool
     tokens: int
+    odd: int = 0
+    """The text whose vector a fault of one vector spoils."""
 
 
 class Bucket:
@@ -142,14 +144,14 @@ def busiest(accepted: Sequence[tuple[float, int]]) -> tuple[int, int]:
     return most
 
 
-def spoiled(kind: str, vectors: Vectors) -> Vectors:
-    """Vectors with the fault; those kinds that are no fault of vectors leave them alone."""
-    first = vectors[0].copy()
+def spoiled(kind: str, vectors: Vectors, odd: int) -> Vectors:
+    """Vectors with the fault, in one of them or in all; those kinds that are no fault of vectors leave them alone."""
+    one = vectors[odd].copy()
     if kind == "nan":
-        first[0] = np.nan
-    replaced = {"nan": first, "zero": first * 0, "one_wrong_dimension": first[:-1]}
+        one[0] = np.nan
+    replaced = {"nan": one, "zero": one * 0, "one_wrong_dimension": one[:-1]}
     if kind in replaced:
-        return [replaced[kind], *vectors[1:]]
+        return [*vectors[:odd], replaced[kind], *vectors[odd + 1 :]]
     of_all = {"short": vectors[:-1], "wrong_dimension": [v[:-1] for v in vectors], "not_unit": [v * 3 for v in vectors]}
     return of_all.get(kind, vectors)
 
@@ -236,7 +238,8 @@ class OpenAI:
         texts = [""] * len(query.texts) if settings.constant else query.texts
         if kind is None:
             return [embedded(text, query.dimension, query.base64) for text in texts]
-        return [encoded(v, query.base64) for v in spoiled(kind, [vector(text, query.dimension) for text in texts])]
+        vectors = spoiled(kind, [vector(text, query.dimension) for text in texts], query.odd)
+        return [encoded(v, query.base64) for v in vectors]
 
 
 class Azure(OpenAI):
@@ -380,6 +383,7 @@ class StrictServer:
         admitted_s, fault = time.monotonic(), self._next_fault(query.texts)
         await asyncio.sleep(self.settings.latency_s)
         kind = fault.get("kind")
+        query.odd = next((at for at, text in enumerate(query.texts) if fault.get("containing", "") in text), 0)
         if kind == "status":
             message = fault.get("message", "The server had an error while processing your request.")
             status, code = fault.get("status", 500), fault.get("code")

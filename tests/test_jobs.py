@@ -7,16 +7,23 @@ import os
 import socket
 import subprocess
 import sys
+import urllib.request
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.kills import ROOT, Job, wait_until
+from tests.strict_server import serving
 
 pytestmark = pytest.mark.ray
 
+CANARY_KEY = f"sk-{uuid.uuid4().hex}"
+"""In the environment of the head, whose workers find it there."""
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -38,7 +45,12 @@ def dashboard(tmp_path_factory) -> Iterator[str]:
             *(f"--port={free_port()}", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}"),
             f"--dashboard-agent-listen-port={free_port()}",
         ],
-        env=os.environ | {"PYTHONPATH": "", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        env=os.environ
+        | {
+            "PYTHONPATH": "",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "OPENAI_API_KEY": CANARY_KEY,
+        },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -97,3 +109,29 @@ def test_a_job_that_fails_says_why_and_with_which_exit_code(dashboard, tmp_path)
     assert "exit code 2" in log
     assert "has no column 'body'; it has: id, text" in log
     assert not job.output.exists()
+
+
+def test_no_key_and_no_text_is_in_anything_that_a_job_writes(dashboard, tmp_path, tmp_path_factory):
+    """The output, Ray's session with all its logs, what the command prints, and the Jobs API, searched for a key and a text."""
+    text = f"canary {uuid.uuid4().hex} sings"
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"text": [text, f"{text} again", "plain"]}), tmp_path / "in" / "a.parquet")
+    quoting = {"kind": "status", "status": 400, "message": f"cannot read '{text} again' with {CANARY_KEY}", "times": -1}
+    with serving(key=CANARY_KEY, dimension=16, faults=[quoting | {"containing": "again"}]) as server:
+        flags = [f"--source={tmp_path}/in", f"--output={tmp_path}/out", "--debug"]
+        model = ["--model=openai:text-embedding-3-small", f"--base-url={server.url}", "--dimensions=16"]
+        done = submit(dashboard, "python", "jobs/embed.py", *flags, *model)
+        assert server.stats()["num_embedded"] >= 2
+    assert done.returncode == 0, done.stdout + done.stderr
+    reject = next(tmp_path.glob("out/_engine/rejects/*.jsonl")).read_text()
+    assert "cannot read" in reject
+    heads = tmp_path_factory.getbasetemp().parent.glob("head-*")
+    session = max(heads, key=lambda head: head.stat().st_mtime)  # others are of earlier test runs
+    files = [path for folder in (tmp_path / "out", session) for path in folder.rglob("*") if path.is_file()]
+    written = {str(path): path.read_bytes() for path in files} | {"printed": (done.stdout + done.stderr).encode()}
+    with urllib.request.urlopen(f"{dashboard}/api/jobs/", timeout=10) as jobs:
+        written["jobs"] = jobs.read()
+    assert len(written) > 30
+    assert b"jobs/embed.py" in written["jobs"]
+    for secret in (CANARY_KEY, text):
+        assert [name for name, data in written.items() if secret.encode() in data] == []

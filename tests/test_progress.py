@@ -45,7 +45,7 @@ def run_of(num_shards: int):
 def test_plain_lines_come_at_a_sane_pace(clock):
     """Where nobody can see a live line: one at once, then every ten seconds, then every minute, and one at the end."""
     lines = shown(run_of(600), clock).splitlines()
-    assert lines[:2] == ["60,000 rows in 600 shards to embed; 50 are done", "loading the model on 2 GPU actors"]
+    assert lines[:2] == ["60,000 rows in 600 shards to embed; 50 are done", "starting 2 GPU actors"]
     shares = [int(line.split("%")[0]) for line in lines[2:]]
     assert 13 <= len(shares) <= 18
     assert shares == sorted(shares)

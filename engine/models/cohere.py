@@ -13,12 +13,11 @@ import orjson
 
 from engine.config import ModelConfig
 from engine.errors import ConfigError, Unavailable
-from engine.models.api.answers import Reply, stacked
+from engine.models.api.answers import Malformed, Reply, stacked
 from engine.models.api.limits import limits_of
 from engine.models.api.model import ApiEmbeddingModel, key_from
 from engine.models.api.refusals import refusal
 from engine.models.api.terms import Terms
-from engine.models.base import BadAnswer
 
 if TYPE_CHECKING:
     import cohere
@@ -66,6 +65,7 @@ class CohereEmbeddingModel(ApiEmbeddingModel):
         if not self._key:
             raise ConfigError("there is no API key: set CO_API_KEY in the environment of the workers, or give key_file")
         self._base_url = base_url
+        self._dimension = dimensions
         self._wanted: dict[str, Any] = {
             "model": model_name,
             "input_type": input_type,
@@ -102,7 +102,7 @@ class CohereEmbeddingModel(ApiEmbeddingModel):
             )
         except ApiError as error:
             if error.status_code is None or error.status_code < 300:
-                raise BadAnswer("not an embeddings answer") from None
+                raise Malformed("not an embeddings answer") from None
             raise refusal(
                 error.status_code, error.headers or {}, orjson.dumps(error.body, default=str), texts, [self._key or ""]
             ) from None

@@ -79,6 +79,7 @@ class OpenAIEmbeddingModel(ApiEmbeddingModel):
                 f"there is no API key: set {variable} in the environment of the workers, or give key_file"
             )
         self.terms = _terms(model_name, api_version)
+        self._dimension = dimensions
         self._wanted = {"dimensions": dimensions} if dimensions else {}
         self._encoding = "base64"
         self._client: openai.AsyncOpenAI | None = None

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from engine.errors import EngineError, ProviderError
+from engine.errors import EngineError, ProviderError, Stopped
 from engine.models.api.budget import Budget, Grant, Report, Standing
 from engine.models.api.limits import Limits
 from engine.schema import LEFT
@@ -150,8 +150,12 @@ class BudgetClient:
     async def admit(self, num_tokens: int) -> float:
         """Take on an order of so many tokens; return how large its requests should be. Raises `Stopped`."""
         committed = self._committed
-        weight = await self._ask("admit", num_tokens, client=self._id, committed=committed)
-        self._committed += num_tokens
+        self._committed += num_tokens  # now, since others are admitted while this one waits for its answer
+        try:
+            weight = await self._ask("admit", num_tokens, client=self._id, committed=committed)
+        except Stopped:
+            self._committed -= num_tokens
+            raise
         return float(self._own.request_tokens if weight is None else weight)
 
     async def dismiss(self, num_tokens: int, paid_tokens: int, *, is_done: bool) -> None:

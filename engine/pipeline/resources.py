@@ -37,6 +37,11 @@ class Resources:
     """Of an actor, at once."""
 
     @property
+    def kind(self) -> str:
+        """What an actor is on: GPU, CPU, or API, if it only asks a provider."""
+        return "GPU" if self.num_gpus else "CPU" if self.num_threads else "API"
+
+    @property
     def max_readers(self) -> int:
         """Read tasks at once."""
         return READERS_PER_ACTOR * self.max_actors

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from engine.models.base import Vectors
 
 
+class Malformed(BadAnswer):
+    """A body that is none of an embeddings endpoint, such as a web page: what stands before a server may answer in its place."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """A provider's answer to one request."""
@@ -41,15 +45,15 @@ def decoded(body: bytes, num_texts: int) -> tuple[Vectors, int | None]:
         The vectors in the order of the texts, and the tokens that the server says it used.
 
     Raises:
-        BadAnswer: If it is not one vector of one dimension for each text.
+        BadAnswer: If it is not one vector of one dimension for each text; `Malformed` if there are no vectors in it at all.
     """
     try:
         answer = orjson.loads(body)
         items = answer["data"]
         order = np.array([item.get("index", at) for at, item in enumerate(items)], np.int64)
         given = [item["embedding"] for item in items]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise BadAnswer("not an embeddings answer") from None
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+        raise Malformed("not an embeddings answer") from None
     if len(given) != num_texts:
         raise BadAnswer(f"{len(given)} vectors for {num_texts} texts")
     if not np.array_equal(np.sort(order), np.arange(num_texts)):
@@ -72,9 +76,10 @@ def stacked(given: Sequence[Any]) -> Vectors:
             raw = [binascii.a2b_base64(vector) for vector in given]
             if len({len(vector) for vector in raw}) > 1:
                 raise BadAnswer("vectors of several dimensions")
-            return np.frombuffer(b"".join(raw), "<f4").reshape(len(raw), -1).astype(np.float32, copy=False)
-        # null stands for NaN and infinity, which JSON does not have
-        vectors = np.array([[np.nan if x is None else x for x in v] if None in v else v for v in given], np.float32)
+            vectors = np.frombuffer(b"".join(raw), "<f4").reshape(len(raw), -1).astype(np.float32, copy=False)
+        else:  # null stands for NaN and infinity, which JSON does not have
+            rows = [[np.nan if x is None else x for x in v] if None in v else v for v in given]
+            vectors = np.array(rows, np.float32)
     except (ValueError, TypeError):
         raise BadAnswer("vectors are ragged, or not numbers") from None
     if vectors.ndim != 2 or not vectors.shape[1]:

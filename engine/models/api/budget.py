@@ -133,19 +133,21 @@ class Budget:
         Args:
             num_tokens: Of the order.
             client: Whose it is.
-            committed: Tokens that this client has been admitted for, or has paid, by its own books: of one that began again.
+            committed: Tokens that this client is admitted for, or has paid, by its own books and without this order: a budget that
+                began again has no others.
 
         Raises:
             Stopped: If no more orders are taken.
         """
-        self._committed[client] = self._committed.get(client, 0.0) if committed is None else committed
+        if committed is not None:
+            self._committed[client] = committed
         if self._stopped_by is None and self.max_tokens is not None:
             total = sum(self._committed.values())
             if total + num_tokens > self.max_tokens:
                 self._is_spent = True
                 self._stopped_by = Stopped("what is left to do would cost more than --max-cost allows")
         self._check()
-        self._committed[client] += num_tokens
+        self._committed[client] = self._committed.get(client, 0.0) + num_tokens
         self._num_open += 1
         return self.request_tokens
 

@@ -7,21 +7,25 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.errors import (
+    AuthenticationFailed,
     InputRejected,
     InputTooLong,
     ProviderError,
+    QuotaExhausted,
     RateLimited,
     RequestTooLarge,
     Stopped,
     Unavailable,
 )
+from engine.models.api.answers import Malformed
 from engine.models.api.budget import Grant, Report
 from engine.models.api.long_texts import shortened
 from engine.models.api.orders import Group, Piece, take
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from engine.models.api.long_texts import LongTexts
     from engine.models.api.orders import Order
     from engine.models.api.tokens import Counter
+    from engine.models.base import Vectors
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +47,7 @@ FAILURES_TO_SPLIT = 3
 """In a row, of one request, while others are answered: then one of its texts is at fault."""
 UNIT_TOLERANCE = 1e-2
 """Of the length of a vector whose model's vectors have length 1."""
+NOT_USABLE = "vectors that are zero, not finite or not of length 1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +96,7 @@ class Dispatcher:
         self._trouble_since: float | None = None
         self._is_unit: bool | None = None
         self._dispatching: asyncio.Task[None] | None = None
+        self._probing: asyncio.Task[int] | None = None
 
     def send(self, order: Order, budget_weight: float) -> None:
         """Take on an order. Its future is done when all its texts are settled."""
@@ -99,7 +106,7 @@ class Dispatcher:
 
     async def close(self) -> None:
         """Stop; what waits is not sent."""
-        tasks = [*self._tasks, *([self._dispatching] if self._dispatching else [])]
+        tasks = [*self._tasks, *(task for task in (self._dispatching, self._probing) if task)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -108,10 +115,10 @@ class Dispatcher:
         """Embed a plain sentence; return the dimension of its vector. Raises what the provider answers."""
         grant = await self.budget.acquire(len(PROBE))
         reply = await self._attempt([PROBE], grant)
-        if not usable(reply.vectors).all():
-            raise BadAnswer("vector is zero or not finite")
-        self.dimension = self.dimension or reply.vectors.shape[1]
-        return self.dimension
+        self._check(reply, 1)
+        if not self._are_good(reply.vectors).all():
+            raise BadAnswer(NOT_USABLE)
+        return self.dimension or 0
 
     def _go(self) -> None:
         if self._dispatching is None or self._dispatching.done():
@@ -193,18 +200,20 @@ class Dispatcher:
         if vectors.shape[1] != self.dimension:
             raise BadAnswer(f"{vectors.shape[1]} dimensions instead of {self.dimension}")
 
+    def _are_good(self, vectors: Vectors) -> npt.NDArray[np.bool_]:
+        """Say of each vector whether it is finite, not zero, and of length 1 if the model's are."""
+        good = usable(vectors)
+        is_unit = np.abs(np.linalg.norm(vectors, axis=1) - 1) < UNIT_TOLERANCE
+        if self._is_unit is None and good.all():
+            self._is_unit = bool(is_unit.all())
+        return good & is_unit if self._is_unit else good
+
     def _settle(self, group: Group, reply: Reply) -> None:
         """Give each text its vector; those that have none that is usable are sent again, alone."""
         self._bill(group, reply)
-        norms = np.linalg.norm(reply.vectors, axis=1)
-        good = usable(reply.vectors)
-        is_unit = np.abs(norms - 1) < UNIT_TOLERANCE
-        if self._is_unit is None and good.all():
-            self._is_unit = bool(is_unit.all())
-        if self._is_unit:
-            good &= is_unit
+        good = self._are_good(reply.vectors)
         if not good.any():
-            raise BadAnswer("vectors that are zero, not finite or not of length 1")
+            raise BadAnswer(NOT_USABLE)
         self._good()
         for piece, vector, is_good in zip(group.pieces, reply.vectors, good.tolist(), strict=True):
             if is_good:
@@ -225,100 +234,112 @@ class Dispatcher:
 
     async def _failed(self, group: Group, error: Exception, started: float) -> None:
         """Decide what becomes of a request that failed. Raises what ends the orders in it."""
-        if not isinstance(error, RateLimited):
-            group.failed()
         if isinstance(error, RateLimited):
             group.pieces[0].order.usage.num_refusals += 1
             self._wait_or_raise(error)
             self._once_more(group)
-        elif isinstance(error, Unavailable):
+            return
+        since = group.failed_since or started
+        group.failed()
+        if isinstance(error, Unavailable):
             await self._failed_for_now(group, error, started)
         elif isinstance(error, (RequestTooLarge, InputTooLong)):
-            await self._failed_for_size(group, error, started)
+            await self._failed_for_size(group, error, since, started)
+        elif isinstance(error, BadAnswer) and group.num_failures < 2:
+            self._once_more(group)
         elif isinstance(error, (InputRejected, BadAnswer)):
-            if isinstance(error, BadAnswer) and group.num_failures < 2:
-                self._once_more(group)
-            elif len(group.pieces) > 1:
-                await self._make_sure(error, started)
-                self._split(group)
-            else:
-                await self._reject(group.pieces[0], error, started)
+            await self._failed_for_a_text(group, error, since, started)
         else:
             raise error
 
     async def _failed_for_now(self, group: Group, error: Unavailable, started: float) -> None:
         """Wait, and send again; where others are answered meanwhile, again and again, find the text that is at fault."""
-        others_pass = self._last_good > (group.failed_since or started)
-        if others_pass and group.num_failures >= FAILURES_TO_SPLIT and len(group.pieces) > 1:
+        if group.num_failures < FAILURES_TO_SPLIT or not await self._make_sure(error, started):
+            self._later(group, error)
+        elif len(group.pieces) > 1:
             self._split(group, num_failures=FAILURES_TO_SPLIT - 1)  # once is enough for each half
-            return
-        if others_pass and group.num_failures > FAILURES_TO_SPLIT:
-            await self._reject(group.pieces[0], error, started)
-            return
-        self._wait_or_raise(error)
-        least, most = BACKOFF_S
-        wait_s = min(least * 2 ** (group.num_failures - 1), most) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
-        wait_s = max(wait_s, min(error.wait_s or 0.0, self._manners.give_up_s / 2))
-        if group.num_failures + 1 >= FAILURES_TO_SPLIT and not others_pass:
-            self._spawn(self._probe_quietly())
-        asyncio.get_running_loop().call_later(wait_s, self._once_more, group)
+        elif group.num_failures == FAILURES_TO_SPLIT:
+            self._later(group, error)
+        else:
+            self._reject(group.pieces[0], error)
 
-    async def _failed_for_size(self, group: Group, error: ProviderError, started: float) -> None:
+    async def _failed_for_size(self, group: Group, error: ProviderError, since: float, started: float) -> None:
+        """Send less at once; cut a text that is too long by itself."""
         if len(group.pieces) > 1:
             if isinstance(error, RequestTooLarge) and error.of == "inputs":  # do not run into it again and again
-                self._max_inputs = max(len(group.pieces) // 2, 1)
+                self._max_inputs = min(self._max_inputs, max(len(group.pieces) // 2, 1))
             elif isinstance(error, RequestTooLarge):
-                self._max_weight = max(group.weight / 2, 1)
-            await self._make_sure(error, started)
-            self._split(group)
-            return
-        piece = group.pieces[0]
-        shorter = None
-        if isinstance(error, InputTooLong):
+                self._max_weight = min(self._max_weight, max(group.weight / 2, 1))
+        elif isinstance(error, InputTooLong):
+            piece = group.pieces[0]
             shorter = shortened(piece.text, counter=self._manners.counter, how=self._manners.long_texts)
-        if not shorter:
-            await self._reject(piece, error, started)
-            return
-        piece.order.usage.num_long += piece.part == 0
-        for again in piece.order.refit(piece, shorter):
-            self._once_more(Group([again]))
+            if shorter:
+                piece.order.usage.num_long += piece.part == 0
+                for again in piece.order.refit(piece, shorter):
+                    self._once_more(Group([again]))
+                return
+        await self._failed_for_a_text(group, error, since, started)
 
-    async def _reject(self, piece: Piece, error: Exception, started: float) -> None:
-        """Reject a text, after making sure that it is not all texts that fail."""
-        await self._make_sure(error, started)
+    async def _failed_for_a_text(self, group: Group, error: Exception, since: float, started: float) -> None:
+        """Find the text by halving, and reject it alone: but only where others pass."""
+        is_alone = len(group.pieces) == 1
+        if not await self._make_sure(error, started if is_alone else since):
+            self._later(group, error)
+        elif is_alone:
+            self._reject(group.pieces[0], error)
+        else:
+            self._split(group)
+
+    def _reject(self, piece: Piece, error: Exception) -> None:
         reason = error.message if isinstance(error, ProviderError) else f"the provider's answer is bad: {error}"
         piece.order.reject(piece.text_number, reason[:MAX_REASON_CHARACTERS])
 
-    async def _make_sure(self, error: Exception, started: float) -> None:
-        """Raise if the provider fails on a plain sentence too, unless others have passed since."""
-        if self._last_good > started:
-            return
+    async def _make_sure(self, error: Exception, since: float) -> bool:
+        """
+        Say whether others pass: one did since then, or a plain sentence does now. Where not even this is known, only time can tell.
+
+        Raises:
+            ProviderError: If the provider fails whatever the text.
+        """
+        if self._last_good > since:
+            return True
         try:
-            await self.probe()
-        except (RateLimited, Unavailable, Stopped):
-            return  # nothing is proven: it is tried again with the next
+            await self._probed()
+        except (RateLimited, Unavailable):
+            return False
+        except (AuthenticationFailed, QuotaExhausted, Stopped):
+            raise
         except (ProviderError, BadAnswer) as again:
-            said = error.message if isinstance(error, ProviderError) else f"bad answers, {error}"
+            if isinstance(again, Malformed) and self._last_good:
+                return False  # it did better before
             raise ProviderError(
-                f"the provider fails on every text: {said} (on a plain English sentence too: {type(again).__name__}). Mend the "
+                f"the provider fails on every text: {_said(error)} (on a plain English sentence too: {_said(again)}). Mend the "
                 "settings, then run the same command again; what was committed is kept"
             ) from None
         self._good()
+        return True
 
-    async def _probe_quietly(self) -> None:
-        """Find out whether a provider that failed on one request answers others."""
-        try:
-            await self.probe()
-            self._good()
-        except (ProviderError, BadAnswer):
-            return
+    async def _probed(self) -> None:
+        """Send a plain sentence: one at a time for all who ask."""
+        if self._probing is None or self._probing.done():
+            self._probing = asyncio.create_task(self.probe())
+        await asyncio.shield(self._probing)
 
-    def _wait_or_raise(self, error: ProviderError) -> None:
+    def _later(self, group: Group, error: Exception) -> None:
+        """Send a request again after a while, which is longer after each failure. Raises when that has gone on for too long."""
+        self._wait_or_raise(error)
+        least, most = BACKOFF_S
+        wait_s = min(least * 2 ** (group.num_failures - 1), most) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+        asked_s = (isinstance(error, Unavailable) and error.wait_s) or 0.0
+        wait_s = max(wait_s, min(asked_s, self._manners.give_up_s / 2))
+        asyncio.get_running_loop().call_later(wait_s, self._once_more, group)
+
+    def _wait_or_raise(self, error: Exception) -> None:
         now = time.monotonic()
         self._trouble_since = self._trouble_since or now
         if now - self._trouble_since > self._manners.give_up_s:
             raise ProviderError(
-                f"the provider has answered nothing for {self._manners.give_up_s:g} s ({error.message}): what was committed is "
+                f"the provider has answered nothing for {self._manners.give_up_s:g} s ({_said(error)}): what was committed is "
                 "kept; run the same command again when it is back"
             )
 
@@ -347,7 +368,7 @@ class Dispatcher:
         for order in {piece.order for piece in group.pieces}:
             order.fail(error)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+
+def _said(error: Exception) -> str:
+    """Return what an error says; no text is in it."""
+    return error.message if isinstance(error, ProviderError) else f"bad answer, {error}"

@@ -19,7 +19,7 @@ from engine.models.api.limits import Limits
 from engine.models.api.long_texts import LongTexts
 from engine.models.api.orders import Order
 from engine.models.api.terms import Terms
-from engine.models.base import BaseEmbeddingModel, Embeddings, Needs
+from engine.models.base import PROBE, BaseEmbeddingModel, Embeddings, Needs
 from engine.models.loop_thread import LoopThread
 from engine.sources.texts import reject_reason
 
@@ -60,6 +60,7 @@ class ApiEmbeddingModel(BaseEmbeddingModel):
             "dimensions", "base_url", "key_file", "request_timeout_s", "give_up_s", "token_price",
         }
     )  # fmt: skip
+    device = "API"
     max_shard_rows = 2048
     max_shard_bytes = 1_200_000
     """About one full request: what a crash loses of each shard in flight has been paid for."""
@@ -199,7 +200,9 @@ class ApiEmbeddingModel(BaseEmbeddingModel):
 
     async def _known_dimension(self) -> int:
         dispatcher = self._running()
-        return dispatcher.dimension or await dispatcher.probe()
+        if dispatcher.dimension is None:
+            await self._embedded([PROBE])
+        return dispatcher.dimension or 0
 
     def _running(self) -> Dispatcher:
         """Return the dispatcher, which is bound to the loop that this runs on."""
@@ -214,6 +217,7 @@ class ApiEmbeddingModel(BaseEmbeddingModel):
                 counter=self.terms.counter,
             )
             self._dispatcher = Dispatcher(self.request, manners, self._budget)
+            self._dispatcher.dimension = self._dimension  # that was asked for, if any was
         return self._dispatcher
 
     async def _closed(self) -> None:

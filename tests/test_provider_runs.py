@@ -1,0 +1,284 @@
+"""Whole runs that ask a provider: what they pay, what stops them, and what is left when they are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+import engine
+from engine.errors import AuthenticationFailed, ConfigError, FingerprintMismatch, ProviderError, QuotaExhausted
+from tests.kills import ROOT, wait_until
+from tests.strict_server import Server, serving, vector
+
+pytestmark = pytest.mark.ray
+
+MODEL = "openai:text-embedding-3-small"
+DIMENSION = 32
+NUM_ROWS = 900
+SHARD_ROWS = 50
+BUDGET = "ray::Budget"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def address() -> Iterator[str]:
+    """A cluster whose workers have a key in their environment, and that outlives drivers."""
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT), "OPENAI_API_KEY": "sk-of-the-cluster"}
+    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+    del os.environ["OPENAI_API_KEY"]
+
+
+@pytest.fixture(scope="module")
+def strict() -> Iterator[Server]:
+    """One server for the module; tests reset it."""
+    with serving(dimension=DIMENSION) as server:
+        yield server
+
+
+@pytest.fixture
+def server(strict: Server) -> Server:
+    """A server that has been paid nothing."""
+    strict.behave(rpm=None, tpm=None, latency_s=0.02, faults=[], key=None)
+    strict.reset()
+    return strict
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """900 rows in 18 shards, of which five have no text and ten the same."""
+    texts: list[str | None] = [f"text {row} of the source, and no other" for row in range(NUM_ROWS)]
+    texts[3:6] = [None, "", "  "]
+    texts[500:502] = ["", None]
+    texts[100:110] = ["the same"] * 10
+    (tmp_path / "in").mkdir()
+    table = pa.table({"id": [str(row) for row in range(NUM_ROWS)], "text": texts})
+    pq.write_table(table, tmp_path / "in" / "a.parquet", row_group_size=SHARD_ROWS)
+    return tmp_path / "in"
+
+
+def options(source: Path, server: Server, **more) -> dict[str, object]:
+    given = {"source": str(source), "output": str(source.parent / "out"), "id_column": "id", "model": MODEL}
+    return (
+        given
+        | {"base_url": server.url, "shard_rows": SHARD_ROWS, "token_price": 1000.0, "dimensions": DIMENSION}
+        | more
+    )
+
+
+def run(source: Path, server: Server, **more):
+    return engine.run(**options(source, server, **more), progress=False)
+
+
+def needed_tokens(source: Path, server: Server) -> int:
+    """Return what the texts cost if each is paid once in its shard."""
+    forecast = engine.plan(**options(source, server, output=str(source.parent / "nowhere"))).forecast
+    assert forecast is not None
+    return forecast.num_tokens
+
+
+def check(source: Path, num_rejects: int = 5) -> None:
+    """Make sure that each row is in the output exactly once, with its own vector, or in the rejects."""
+    out = source.parent / "out"
+    texts = dict(zip(*pq.read_table(source / "a.parquet").to_pydict().values(), strict=True))
+    table = pads.dataset(out / "data").to_table()
+    ids = table["id"].to_pylist()
+    rejects = [json.loads(line) for path in out.glob("_engine/rejects/*") for line in path.read_text().splitlines()]
+    assert sorted([*ids, *(reject["id"] for reject in rejects)]) == sorted(texts)
+    assert len(rejects) == num_rejects
+    for name, found in zip(ids, table["embedding"].to_pylist(), strict=True):
+        np.testing.assert_allclose(np.float32(found), vector(texts[name], DIMENSION), atol=1e-6)
+    verdict = engine.verify(out, "full")
+    assert verdict.ok, verdict.findings
+
+
+def test_a_run_pays_each_text_once_and_tells_what_it_cost(source, server):
+    """Receipts, summary and status say what the server counted, and the forecast said it before."""
+    forecast = engine.plan(**options(source, server)).forecast
+    result = run(source, server)
+    check(source)
+    stats = server.stats()
+    use = result.provider
+    assert result.num_tokens == forecast.num_tokens == stats["tokens_paid"]
+    assert use.num_requests == stats["num_requests"]
+    assert (use.num_refusals, use.num_retries, use.num_duplicates) == (0, 0, 9)
+    assert use.cost == pytest.approx(forecast.cost, rel=0.01)
+    assert use.cost == pytest.approx(stats["tokens_paid"] / 1000)
+    assert 0 < use.tokens_at_risk <= result.num_tokens
+    assert engine.status(source.parent / "out").provider.cost == pytest.approx(use.cost)
+    assert (forecast.num_duplicates, forecast.num_rejects, forecast.is_exact) == (9, 5, True)
+    assert run(source, server).num_shards == 0
+    assert server.stats()["num_requests"] == stats["num_requests"]
+
+
+def test_shards_share_requests_so_that_these_are_full(source, server):
+    """18 shards of 50 texts go in fewer requests than that, as soon as the first has come back."""
+    server.behave(latency_s=0.5)
+    result = run(source, server, concurrent_requests=1)
+    check(source)
+    assert result.provider.num_requests == server.stats()["num_requests"] < NUM_ROWS / SHARD_ROWS
+
+
+def test_several_actors_share_one_limit(source, server):
+    """Four actors, none of which knows of the others, stay below what the server allows, and are never refused."""
+    server.behave(rpm=600, tpm=200_000)
+    result = run(source, server, num_actors=4, batch_size=10)
+    check(source)
+    stats = server.stats()
+    assert stats["num_refused"] == result.provider.num_refusals == 0
+    assert result.provider.requests_per_minute_limit == 600
+    seconds = stats["last_s"] - stats["first_s"]
+    assert (
+        stats["num_ok"] - 1 <= 600 / 60 * seconds * 1.02 + 2
+    )  # evenly from the start, though the server's bucket is full then
+
+
+def test_max_cost_stops_before_it_is_passed_and_more_money_goes_on(source, server):
+    """The run ends by itself, what was paid is committed, and all runs together have cost no more."""
+    needed = needed_tokens(source, server) / 1000
+    first = run(source, server, max_cost=needed / 2)
+    assert "max-cost" in first.stopped
+    assert 0 < first.pending_rows < NUM_ROWS
+    assert needed / 4 < first.provider.cost <= needed / 2
+    assert server.stats()["tokens_paid"] / 1000 == pytest.approx(first.provider.cost)
+    again = run(source, server, max_cost=needed / 2)
+    assert again.stopped
+    second = run(source, server, max_cost=needed * 1.001)
+    assert not second.stopped
+    check(source)
+    assert server.stats()["tokens_paid"] / 1000 == pytest.approx(needed)
+
+
+def test_max_cost_wants_a_price(source, server):
+    """Nobody knows what a server of one's own costs."""
+    with pytest.raises(ConfigError, match="--token-price"):
+        run(source, server, token_price=None, max_cost=1)
+
+
+def test_a_used_up_quota_ends_the_run_and_keeps_what_is_paid(source, server):
+    """Exit code 4; the same command goes on when there is money again, and pays only what is left."""
+    quota = {
+        "kind": "status",
+        "status": 429,
+        "code": "insufficient_quota",
+        "message": "You exceeded your current quota.",
+    }
+    server.behave(faults=[quota | {"times": -1, "containing": "text 700 of"}])
+    with pytest.raises(QuotaExhausted, match="quota"):
+        run(source, server, concurrent_requests=2)
+    num_done = engine.status(source.parent / "out").num_rows
+    assert num_done > 0
+    server.behave(faults=[])
+    assert run(source, server).done_before_rows >= num_done
+    check(source)
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(401, AuthenticationFailed), (404, ProviderError)], ids=["key refused", "no such model"]
+)
+def test_what_no_waiting_mends_ends_the_run_at_once(source, server, status, error):
+    """One request, not one for each shard; nothing is committed, and nothing rejected."""
+    server.behave(faults=[{"kind": "status", "status": status, "times": -1}])
+    with pytest.raises(error):
+        run(source, server)
+    assert server.stats()["num_requests"] <= 10
+    assert engine.status(source.parent / "out").num_shards == 0
+    assert not list((source.parent / "out").glob("_engine/rejects/*"))
+
+
+def test_a_poisoned_text_is_rejected_alone_with_the_servers_words(source, server):
+    """The server refuses every request that has it; its neighbours in the request, of other shards too, are embedded."""
+    fault = {"kind": "status", "status": 400, "message": "The input looks odd: 'text 250 of the source, and no other'"}
+    server.behave(faults=[fault | {"times": -1, "containing": "text 250 of"}])
+    result = run(source, server)
+    check(source, num_rejects=6)
+    reason = next(reason for reason in result.reasons if "looks odd" in reason)
+    assert "text 250 of" not in reason
+
+
+def test_another_dimension_is_another_output(source, server):
+    """The fingerprint has what is asked for."""
+    run(source, server)
+    with pytest.raises(FingerprintMismatch, match="dimensions"):
+        run(source, server, dimensions=16)
+
+
+def test_a_budget_that_is_killed_is_missed_but_not_needed(source, server):
+    """SIGKILL of the budget's actor, twice: actors go on at their share, and find the new one."""
+    server.behave(latency_s=0.3, rpm=1200)
+    process = start(source, server)
+    for number in (1, 4):
+        wait_until(lambda number=number: num_committed(source) >= number or process.poll() is not None)
+        assert kill(BUDGET, process)
+    assert process.wait(120) == 0
+    check(source)
+
+
+@pytest.mark.timeout(400)
+def test_a_run_that_is_killed_five_times_pays_again_for_what_was_in_flight_alone(source, server, address):
+    """SIGKILL of drivers and actors at random: every row once, and no more tokens than needed and those in flight."""
+    server.behave(latency_s=0.25)
+    needed = needed_tokens(source, server)
+    chance = random.Random(5)
+    for number in range(5):
+        process = start(source, server, address)
+        before = num_committed(source)
+        wait_until(lambda process=process, before=before: num_committed(source) > before or process.poll() is not None)
+        time.sleep(chance.uniform(0, 0.3))
+        if number % 2:
+            kill("ray::MapWorker(MapBatches(EmbedWorker))", process)
+            time.sleep(chance.uniform(0, 0.5))
+        process.kill()
+        process.wait()
+    last = start(source, server, address)
+    assert last.wait(120) == 0
+    check(source)
+    in_flight = 2 * 4 * needed / (NUM_ROWS / SHARD_ROWS)  # of two actors, four shards each
+    kills = 5 + 2
+    assert server.stats()["tokens_paid"] <= needed + kills * in_flight
+    assert server.stats()["times_paid_max"] <= 1 + kills + 9  # the same text is in one shard ten times, and paid once
+
+
+def start(source: Path, server: Server, address: str | None = None) -> subprocess.Popen[bytes]:
+    """Start the command in a process of its own, always the same one."""
+    given = options(source, server, concurrent_requests=2, num_actors=2, batch_size=SHARD_ROWS)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    where = [f"--address={address or ray.get_runtime_context().gcs_address}"]
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs/embed.py"), *flags, *where],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def num_committed(source: Path) -> int:
+    return len(list((source.parent / "out").glob("_engine/commits/*.json")))
+
+
+def kill(title: str, while_running: subprocess.Popen[bytes]) -> bool:
+    """SIGKILL a worker of this module's cluster by its title, as soon as there is one."""
+    while while_running.poll() is None:
+        for process in psutil.Process().children(recursive=True):
+            try:
+                if " ".join(process.cmdline()).startswith(title):
+                    process.kill()
+                    return True
+            except psutil.Error:
+                continue
+        time.sleep(0.005)
+    return False
