@@ -50,6 +50,7 @@ class Settings:
     key: str | None = None  # None accepts any that is not empty
     dimension: int = 1536
     max_input_tokens: int = 8192
+    max_inputs: int = MAX_INPUTS
     constant: bool = False  # one vector for all texts, and bodies from a cache
     faults: list[dict[str, Any]] = field(default_factory=list)
 
@@ -175,12 +176,12 @@ class OpenAI:
             raise Refusal(400, INVALID.format("dimensions"), param="dimensions")
         if form not in ("float", "base64"):
             raise Refusal(400, INVALID.format("encoding_format"), param="encoding_format")
-        texts = self._texts(body.get("input"))
+        texts = self._texts(body.get("input"), settings)
         return Query(
             model, texts, dimension, form == "base64" and not settings.no_base64, self._tokens(texts, settings)
         )
 
-    def _texts(self, given: Any) -> list[str]:
+    def _texts(self, given: Any, settings: Settings) -> list[str]:
         """The inputs as texts: one or many, each a string or the numbers of its tokens."""
         inputs = (
             [given]
@@ -189,8 +190,11 @@ class OpenAI:
         )
         if not isinstance(inputs, list) or not inputs:
             raise Refusal(400, INVALID.format("input"), param="input")
-        if len(inputs) > MAX_INPUTS:
-            message = f"Invalid 'input': array too long. Expected an array with maximum length {MAX_INPUTS}, but got an array with length {len(inputs)} instead."
+        if len(inputs) > settings.max_inputs and settings.compat == "tei":
+            message = f"batch size {len(inputs)} > maximum allowed batch size {settings.max_inputs}"
+            raise Refusal(422, message, body={"error": message, "error_type": "Validation"})
+        if len(inputs) > settings.max_inputs:
+            message = f"Invalid 'input': array too long. Expected an array with maximum length {settings.max_inputs}, but got an array with length {len(inputs)} instead."
             raise Refusal(400, message, "array_above_max_length", param="input")
         is_tokens = isinstance(inputs[0], list)
         if any(not isinstance(text, list if is_tokens else str) or not text for text in inputs):

@@ -42,7 +42,7 @@ class CohereEmbeddingModel(ApiEmbeddingModel):
     """
 
     terms = Terms(max_inputs=96)
-    options = ApiEmbeddingModel.options | {"input_type"}
+    options = ApiEmbeddingModel.options | {"input_type", "dimensions", "base_url", "key_file"}
 
     def __init__(
         self,

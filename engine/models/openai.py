@@ -53,7 +53,7 @@ class OpenAIEmbeddingModel(ApiEmbeddingModel):
         ConfigError: If there is no key, or the options do not fit.
     """
 
-    options = ApiEmbeddingModel.options | {"api_version", "organization"}
+    options = ApiEmbeddingModel.options | {"dimensions", "base_url", "api_version", "organization", "key_file"}
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections import deque
@@ -139,6 +140,8 @@ class Dispatcher:
                 self._fail(group, error)
                 continue
             self._budget_weight = grant.request_tokens
+            if math.isinf(grant.request_tokens):
+                self._fill(group)  # no tokens to ask for, and more may have come meanwhile
             task = asyncio.create_task(self._send(group, grant))
             self._tasks.add(task)
             task.add_done_callback(self._sent)
@@ -146,6 +149,12 @@ class Dispatcher:
     def _sent(self, task: asyncio.Task[None]) -> None:
         self._slots.release()
         self._tasks.discard(task)
+
+    def _fill(self, group: Group) -> None:
+        room = self._max_inputs - len(group.pieces)
+        if room > 0 and not group.failed_since:
+            left = self._max_weight - group.weight
+            group.pieces += take(self._waiting, max_inputs=room, max_weight=left, is_empty=False).pieces
 
     def _next(self) -> Group:
         """Return what to send next: first what failed before. Orders that were given up leave nothing of themselves."""

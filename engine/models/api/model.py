@@ -56,8 +56,8 @@ class ApiEmbeddingModel(BaseEmbeddingModel):
     """What the provider takes."""
     options = frozenset(
         {
-            "model", "model_args", "batch_size", "concurrent_requests", "requests_per_minute", "tokens_per_minute", "long_texts", "prompt",
-            "dimensions", "base_url", "key_file", "request_timeout_s", "give_up_s", "token_price",
+            "model", "model_args", "batch_size", "concurrent_requests", "requests_per_minute", "tokens_per_minute", "long_texts",
+            "prompt", "request_timeout_s", "give_up_s", "token_price",
         }
     )  # fmt: skip
     device = "API"

@@ -164,9 +164,9 @@ class Order:
             self.done.set_result(None)
 
 
-def take(waiting: deque[Piece], *, max_inputs: int, max_weight: float) -> Group:
+def take(waiting: deque[Piece], *, max_inputs: int, max_weight: float, is_empty: bool = True) -> Group:
     """
-    Take a full request from those that wait, in their order; the first of them goes whatever it weighs.
+    Take a full request from those that wait, in their order; the first of an empty request goes whatever it weighs.
 
     Where the next one does not fit, some of those behind it may, but they never keep it waiting for another request.
     """
@@ -177,7 +177,7 @@ def take(waiting: deque[Piece], *, max_inputs: int, max_weight: float) -> Group:
         piece = waiting.popleft()
         if piece.order.done.done():
             continue  # it was given up
-        if taken and total + piece.weight > max_weight:
+        if (taken or not is_empty) and total + piece.weight > max_weight:
             passed.append(piece)
             continue
         taken.append(piece)
