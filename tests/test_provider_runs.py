@@ -20,7 +20,7 @@ import pytest
 import ray
 
 import engine
-from engine.errors import AuthenticationFailed, ConfigError, FingerprintMismatch, ProviderError, QuotaExhausted
+from engine.errors import AuthenticationFailed, ConfigError, FingerprintMismatch, QuotaExhausted
 from tests.kills import ROOT, wait_until
 from tests.strict_server import Server, serving, vector
 
@@ -121,6 +121,8 @@ def test_a_run_pays_each_text_once_and_tells_what_it_cost(source, server):
     assert 0 < use.tokens_at_risk <= result.num_tokens
     assert engine.status(source.parent / "out").provider.cost == pytest.approx(use.cost)
     assert (forecast.num_duplicates, forecast.num_rejects, forecast.is_exact) == (9, 5, True)
+    with pytest.raises(FingerprintMismatch, match="dimensions"):
+        engine.plan(**options(source, server, dimensions=16))
     assert run(source, server).num_shards == 0
     assert server.stats()["num_requests"] == stats["num_requests"]
 
@@ -187,17 +189,20 @@ def test_a_used_up_quota_ends_the_run_and_keeps_what_is_paid(source, server):
     check(source)
 
 
-@pytest.mark.parametrize(
-    ("status", "error"), [(401, AuthenticationFailed), (404, ProviderError)], ids=["key refused", "no such model"]
-)
-def test_what_no_waiting_mends_ends_the_run_at_once(source, server, status, error):
-    """One request, not one for each shard; nothing is committed, and nothing rejected."""
-    server.behave(faults=[{"kind": "status", "status": status, "times": -1}])
-    with pytest.raises(error):
+def test_a_key_that_is_refused_ends_the_run_at_once(source, server):
+    """One request for each of the first orders at most, not one for each shard; nothing is committed, and nothing rejected."""
+    server.behave(key="another")
+    with pytest.raises(AuthenticationFailed):
         run(source, server)
     assert server.stats()["num_requests"] <= 10
     assert engine.status(source.parent / "out").num_shards == 0
     assert not list((source.parent / "out").glob("_engine/rejects/*"))
+
+
+def test_a_key_that_is_missing_is_said_in_one_line(source):
+    """Where it is missing is the worker; what Ray adds to an error there is left out."""
+    with pytest.raises(ConfigError, match="^there is no API key: set CO_API_KEY .* or give key_file$"):
+        engine.run(source=str(source), output=str(source.parent / "out"), model="cohere:embed-v4.0", progress=False)
 
 
 def test_a_poisoned_text_is_rejected_alone_with_the_servers_words(source, server):
@@ -208,13 +213,6 @@ def test_a_poisoned_text_is_rejected_alone_with_the_servers_words(source, server
     check(source, num_rejects=6)
     reason = next(reason for reason in result.reasons if "looks odd" in reason)
     assert "text 250 of" not in reason
-
-
-def test_another_dimension_is_another_output(source, server):
-    """The fingerprint has what is asked for."""
-    run(source, server)
-    with pytest.raises(FingerprintMismatch, match="dimensions"):
-        run(source, server, dimensions=16)
 
 
 def test_a_budget_that_is_killed_is_missed_but_not_needed(source, server):

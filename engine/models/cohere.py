@@ -101,17 +101,19 @@ class CohereEmbeddingModel(ApiEmbeddingModel):
                 texts=list(texts), **self._wanted, request_options={"max_retries": 0}
             )
         except ApiError as error:
-            if error.status_code is None or error.status_code < 300:
-                raise Malformed("not an embeddings answer") from None
-            raise refusal(
-                error.status_code, error.headers or {}, orjson.dumps(error.body, default=str), texts, [self._key or ""]
-            ) from None
+            status, headers, body = error.status_code or 0, error.headers or {}, error.body
         except httpx.HTTPError as error:
             raise Unavailable(f"the provider cannot be reached ({type(error).__name__})") from None
-        vectors = await asyncio.to_thread(stacked, getattr(raw.data.embeddings, "float_", None) or [])
-        billed = raw.data.meta.billed_units if raw.data.meta else None
-        num_tokens = math.ceil(billed.input_tokens) if billed and billed.input_tokens else None
-        return Reply(vectors, num_tokens, limits_of(raw.headers))
+        else:
+            given = getattr(getattr(raw.data, "embeddings", None), "float_", None)
+            vectors = await asyncio.to_thread(stacked, given or [])
+            billed = raw.data.meta.billed_units if raw.data.meta else None
+            num_tokens = math.ceil(billed.input_tokens) if billed and billed.input_tokens else None
+            return Reply(vectors, num_tokens, limits_of(raw.headers))
+        # out here the SDK's error, which quotes the server, is not the context of ours
+        if status < 300:
+            raise Malformed("not an embeddings answer")
+        raise refusal(status, headers, orjson.dumps(body, default=str), texts, [self._key or ""])
 
     async def disconnect(self) -> None:
         """Close the client."""

@@ -132,15 +132,17 @@ class OpenAIEmbeddingModel(ApiEmbeddingModel):
                 **self._wanted,  # type: ignore[arg-type] # dimensions
             )
         except openai.APIStatusError as error:
-            status, headers, body = error.response.status_code, error.response.headers, error.response.content
-            if self._encoding == "base64" and status in (400, 422) and _is_about_encoding(body):
-                self._encoding = "float"  # it does not know base64
-                return await self.request(texts)
-            raise refusal(status, headers, body, texts, [self._key]) from None
+            refused = error.response
         except openai.APIConnectionError as error:
             raise Unavailable(f"the provider cannot be reached ({type(error.__cause__ or error).__name__})") from None
-        vectors, num_tokens = await asyncio.to_thread(decoded, raw.content, len(texts))
-        return Reply(vectors, num_tokens, limits_of(raw.headers))
+        else:
+            vectors, num_tokens = await asyncio.to_thread(decoded, raw.content, len(texts))
+            return Reply(vectors, num_tokens, limits_of(raw.headers))
+        # out here the SDK's error, which quotes the server, is not the context of ours
+        if self._encoding == "base64" and refused.status_code in (400, 422) and _is_about_encoding(refused.content):
+            self._encoding = "float"  # it does not know base64
+            return await self.request(texts)
+        raise refusal(refused.status_code, refused.headers, refused.content, texts, [self._key])
 
     async def disconnect(self) -> None:
         """Close the client."""

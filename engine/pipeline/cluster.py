@@ -15,6 +15,8 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from engine.errors import ConfigError, EngineError
 
+RAYS_ADVICE = "\nFailed to apply UDF"
+"""How what Ray Data adds to an error's own message begins: its retries, which the engine's errors are none of."""
 RAY_LOGGERS = ("ray", "ray.data")
 
 
@@ -98,6 +100,7 @@ def translated() -> Iterator[None]:
     except Exception as error:
         found = _engine_error(error)
         if found is not None:
+            found.args = (found.message.partition(RAYS_ADVICE)[0], *found.args[1:])
             raise found from None
         if isinstance(error, ActorDiedError):
             raise EngineError(

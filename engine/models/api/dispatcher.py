@@ -322,7 +322,7 @@ class Dispatcher:
             if isinstance(again, Malformed) and self._last_good:
                 return False  # it did better before
             raise ProviderError(
-                f"the provider fails on every text: {_said(error)} (on a plain English sentence too: {_said(again)}). Mend the "
+                f"the provider fails on every text: {_said(error)} (on a plain English sentence too: {type(again).__name__}). Mend the "
                 "settings, then run the same command again; what was committed is kept"
             ) from None
         self._good()

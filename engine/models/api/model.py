@@ -78,11 +78,9 @@ class ApiEmbeddingModel(BaseEmbeddingModel):
         request_timeout_s: float = REQUEST_TIMEOUT_S,
         give_up_s: float = GIVE_UP_S,
     ) -> None:
-        most = self.terms.max_inputs
-        if model_batch_size is not None and not 1 <= model_batch_size <= most:
-            raise ConfigError(f"batch_size: the provider takes 1 to {most} texts a request, not {model_batch_size}")
+        self._check_batch_size(model_batch_size)
         self.model_name = model_name
-        self.model_batch_size = model_batch_size or most
+        self.model_batch_size = model_batch_size or self.terms.max_inputs
         self.n_concurrent_jobs = n_concurrent_jobs or DEFAULT_CONCURRENT_REQUESTS
         self.shards_at_once = self.n_concurrent_jobs + SHARDS_BEYOND_REQUESTS
         self.request_timeout_s = request_timeout_s
@@ -109,6 +107,18 @@ class ApiEmbeddingModel(BaseEmbeddingModel):
     async def disconnect(self) -> None:
         """Close the provider's client."""
         return
+
+    @classmethod
+    def check_options(cls, config: ModelConfig) -> None:
+        """Refuse options that the model does not go by, and requests that the provider does not take."""
+        super().check_options(config)
+        cls._check_batch_size(config.batch_size)
+
+    @classmethod
+    def _check_batch_size(cls, batch_size: int | None) -> None:
+        most = cls.terms.max_inputs
+        if batch_size is not None and not 1 <= batch_size <= most:
+            raise ConfigError(f"batch_size: the provider takes 1 to {most} texts a request, not {batch_size}")
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> Self:
