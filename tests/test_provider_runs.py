@@ -136,9 +136,9 @@ def test_shards_share_requests_so_that_these_are_full(source, server):
 
 
 def test_several_actors_share_one_limit(source, server):
-    """Four actors, none of which knows of the others, stay below what the server allows, and are never refused."""
+    """Three actors, none of which knows of the others, stay below what the server allows, and are never refused."""
     server.behave(rpm=600, tpm=200_000)
-    result = run(source, server, num_actors=4, batch_size=10)
+    result = run(source, server, num_actors=3, min_actors=3, batch_size=15)
     check(source)
     stats = server.stats()
     assert stats["num_refused"] == result.provider.num_refusals == 0
@@ -201,7 +201,7 @@ def test_a_key_that_is_refused_ends_the_run_at_once(source, server):
 
 def test_a_key_that_is_missing_is_said_in_one_line(source):
     """Where it is missing is the worker; what Ray adds to an error there is left out."""
-    with pytest.raises(ConfigError, match="^there is no API key: set CO_API_KEY .* or give key_file$"):
+    with pytest.raises(ConfigError, match=r"^there is no API key: set CO_API_KEY .* or give key_file$"):
         engine.run(source=str(source), output=str(source.parent / "out"), model="cohere:embed-v4.0", progress=False)
 
 
