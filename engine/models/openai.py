@@ -69,7 +69,7 @@ class OpenAIEmbeddingModel(ApiEmbeddingModel):
         **options: Any,
     ) -> None:
         super().__init__(model_name, model_batch_size, n_concurrent_jobs, **options)
-        self._base_url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+        self._base_url = _address(base_url, api_version)
         self._api_version = api_version
         self._organization = organization
         variable = "AZURE_OPENAI_API_KEY" if api_version else "OPENAI_API_KEY"
@@ -80,6 +80,7 @@ class OpenAIEmbeddingModel(ApiEmbeddingModel):
             )
         self.terms = _terms(model_name, api_version)
         self._dimension = dimensions
+        self.asked_dimension = dimensions
         self._wanted = {"dimensions": dimensions} if dimensions else {}
         self._encoding = "base64"
         self._client: openai.AsyncOpenAI | None = None
@@ -87,16 +88,8 @@ class OpenAIEmbeddingModel(ApiEmbeddingModel):
     @classmethod
     def pinned(cls, config: ModelConfig) -> ModelConfig:
         """Return `config` with the address that the environment names, so that all workers go to the same."""
-        if config.base_url or (config.api_version and os.environ.get("AZURE_OPENAI_ENDPOINT") is None):
-            if config.api_version and not config.base_url:
-                raise ConfigError(
-                    "api_version: it is Azure's, whose resource --base-url or AZURE_OPENAI_ENDPOINT names"
-                )
-            return config
-        variable = "AZURE_OPENAI_ENDPOINT" if config.api_version else "OPENAI_BASE_URL"
-        return ModelConfig.model_validate(
-            config.model_dump(include=set(ModelConfig.model_fields)) | {"base_url": os.environ.get(variable)}
-        )
+        address = _address(config.base_url, config.api_version)
+        return config if address == OPENAI_URL else config.model_copy(update={"base_url": address})
 
     @classmethod
     def terms_of(cls, config: ModelConfig) -> Terms:
@@ -176,6 +169,19 @@ class OpenAIEmbeddingModel(ApiEmbeddingModel):
             else:
                 self._client = openai.AsyncOpenAI(base_url=self._base_url, **common)
         return self._client
+
+
+def _address(base_url: str | None, api_version: str | None) -> str:
+    """
+    Return where to send requests: as is said, or else as the environment says.
+
+    Raises:
+        ConfigError: If nobody says where Azure's resource is.
+    """
+    found = base_url or os.environ.get("AZURE_OPENAI_ENDPOINT" if api_version else "OPENAI_BASE_URL")
+    if not found and api_version:
+        raise ConfigError("api_version: it is Azure's, whose resource --base-url or AZURE_OPENAI_ENDPOINT names")
+    return (found or OPENAI_URL).rstrip("/")
 
 
 def _terms(model_name: str, api_version: str | None) -> Terms:

@@ -14,7 +14,7 @@ LongTexts = Literal["truncate", "chunk", "reject"]
 OVERLAP = 1 / 16
 """Of a chunk, that it shares with the one before: a sentence or two, so that what a cut goes through is whole in one of them."""
 SHORTER = 0.7
-"""To which a text is cut whose tokens cannot be counted here, when the server says that it is too long."""
+"""To which a text is cut whose tokens cannot be counted here, when the server says that it is too long; in chunks, it is halved."""
 
 Pieces = list[tuple[str, int]]
 """Texts that stand for one, each with its number of tokens."""
@@ -38,7 +38,7 @@ def fitted(text: str, num_tokens: int, *, counter: Counter, limit: int, how: Lon
 
 def shortened(text: str, *, counter: Counter, how: LongTexts) -> Pieces | None:
     """Return what is sent for a text of which the server says that it is too long; None if it is to be rejected."""
-    size = max(int(len(text) * SHORTER), 1)
+    size = max(int(len(text) * (SHORTER if how == "truncate" else (1 + OVERLAP) / 2)), 1)
     if how == "reject" or size >= len(text):
         return None
     ends = (text[:size],) if how == "truncate" else (text[:size], text[-size:])

@@ -148,7 +148,7 @@ class Order:
         if self._vectors is None:
             self._vectors = np.empty((0, 0), np.float32)
             numbers = numbers[:0]
-        if rejects:
+        elif rejects:
             numbers = np.delete(numbers, list(rejects))
         is_plain = np.array_equal(numbers, np.arange(len(self._vectors)))
         self.usage.vectors = self._vectors if is_plain else self._vectors[numbers]
