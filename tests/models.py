@@ -19,7 +19,8 @@ class HashModel(BaseEmbeddingModel):
         dimension: Of the vectors.
         delay_s: Seconds that each call takes.
         fail_on: A text that contains this raises.
-        env_file: A file to which each actor appends its process id and what it sees as CUDA_VISIBLE_DEVICES.
+        env_file: A file to which each actor appends its process id and what it sees as CUDA_VISIBLE_DEVICES; and when it is
+            closed, its process id to another of that name with `-closed`.
     """
 
     def __init__(
@@ -31,6 +32,12 @@ class HashModel(BaseEmbeddingModel):
         if env_file:
             with open(env_file, "a") as file:  # noqa: PTH123
                 file.write(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}\n")
+        self.env_file = env_file
+
+    async def close(self) -> None:
+        if self.env_file:
+            with open(f"{self.env_file}-closed", "a") as file:  # noqa: ASYNC230, PTH123 - a test's
+                file.write(f"{os.getpid()}\n")
 
     def slug(self) -> str:
         return f"hash-{self.size}"

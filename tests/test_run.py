@@ -15,6 +15,7 @@ import ray
 
 import engine
 from engine.errors import ConfigError, FingerprintMismatch, ProviderError, Refused, SourceChanged, SourceError
+from tests.kills import wait_until
 from tests.models import HashModel
 
 pytestmark = pytest.mark.ray
@@ -123,13 +124,15 @@ def test_each_actor_gets_a_gpu_of_its_own(texts, tmp_path):
 
 
 def test_two_actors_share_a_gpu(texts, tmp_path):
-    """gpus_per_actor 0.5: two actors, one device."""
+    """gpus_per_actor 0.5: two actors, one device; and both close their models as they end."""
     seen = tmp_path / "seen"
     args = {"env_file": str(seen), "delay_s": 0.5}
     run(texts, tmp_path / "out", shard_rows=10, num_actors=2, gpus_per_actor=0.5, model_args=args)
     lines = [line.split() for line in seen.read_text().splitlines()]
     assert len({pid for pid, _ in lines}) == 2
     assert len({device for _, device in lines}) == 1
+    closed = tmp_path / "seen-closed"
+    wait_until(lambda: closed.exists() and set(closed.read_text().split()) == {pid for pid, _ in lines})
 
 
 def test_a_pool_grows_to_its_maximum_while_there_is_work(texts, tmp_path):

@@ -68,6 +68,8 @@ class OpenAIEmbeddingModel(ApiEmbeddingModel):
         key_file: str | None = None,
         **options: Any,
     ) -> None:
+        import openai  # noqa: F401 - it takes a second: now, and not before the first request
+
         super().__init__(model_name, model_batch_size, n_concurrent_jobs, **options)
         self._base_url = _address(base_url, api_version)
         self._api_version = api_version

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -30,6 +31,8 @@ from engine.sources import texts as text_checks
 logger = logging.getLogger(__name__)
 
 MADE_ID = "id"
+CLOSE_S = 2.0
+"""For which an actor that ends waits for its model: what it has to close is connections and threads."""
 COUNTS = (
     "num_tokens", "num_padded_tokens", "num_requests", "num_refusals", "num_retries", "num_duplicates", "num_long",
 )  # fmt: skip
@@ -90,6 +93,12 @@ class EmbedWorker:
             raise
         except Exception as error:
             raise _failed(self._work, error) from None
+
+    def __del__(self) -> None:
+        """Close the model: Ray Data lets go of the worker as its actor ends (not if it is killed)."""
+        with suppress(Exception):  # there may be no model, or no loop any more
+            self._thread.submit(self._model.close()).result(CLOSE_S)
+            self._thread.stop()
 
     def _embed(self, items: Sequence[Item]) -> list[Item]:
         """Embed the texts of all items together, so that batches fill up however small the shards are."""
