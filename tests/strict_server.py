@@ -258,7 +258,7 @@ class Azure(OpenAI):
 
 
 class Cohere(OpenAI):
-    """POST /v2/embed. It cuts texts that are too long, and bills them whole."""
+    """POST /v2/embed. It cuts texts that are too long, and bills them whole; or refuses them, if it is told not to cut."""
 
     def check_key(self, request: web.Request, key: str | None) -> None:
         given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
@@ -281,7 +281,10 @@ class Cohere(OpenAI):
         if len(texts) > MAX_TEXTS:
             message = f"invalid request: total number of texts must be at most {MAX_TEXTS} - received {len(texts)}"
             raise Refusal(400, message)
-        return Query(body["model"], texts, dimension, False, sum(map(num_tokens, texts)))
+        counts, limit = list(map(num_tokens, texts)), settings.max_input_tokens
+        if max(counts) > limit and body.get("truncate") == "NONE":
+            raise Refusal(400, f"invalid request: text is too long, it must have at most {limit} tokens")
+        return Query(body["model"], texts, dimension, False, sum(counts))
 
     def error(self, refusal: Refusal) -> dict[str, Any]:
         return {"message": refusal.message}

@@ -117,22 +117,20 @@ class OpenAIEmbeddingModel(ApiEmbeddingModel):
 
     async def request(self, texts: Sequence[str]) -> Reply:
         """Send texts once."""
+        import httpx2
         import openai
 
         try:
-            raw = await self._connected().embeddings.with_raw_response.create(
-                model=self.model_name,
-                input=list(texts),
-                encoding_format=self._encoding,  # type: ignore[arg-type] # base64 or float
-                **self._wanted,  # type: ignore[arg-type] # dimensions
-            )
+            # Not `embeddings.create`, which looks at the type of every text, and makes an object of every vector.
+            body = {"model": self.model_name, "input": list(texts), "encoding_format": self._encoding, **self._wanted}
+            answer = await self._connected().post("/embeddings", cast_to=httpx2.Response, body=body)
         except openai.APIStatusError as error:
             refused = error.response
         except openai.APIConnectionError as error:
             raise Unavailable(f"the provider cannot be reached ({type(error.__cause__ or error).__name__})") from None
         else:
-            vectors, num_tokens = await asyncio.to_thread(decoded, raw.content, len(texts))
-            return Reply(vectors, num_tokens, limits_of(raw.headers))
+            vectors, num_tokens = await asyncio.to_thread(decoded, answer.content, len(texts))
+            return Reply(vectors, num_tokens, limits_of(answer.headers))
         # out here the SDK's error, which quotes the server, is not the context of ours
         if self._encoding == "base64" and refused.status_code in (400, 422) and _is_about_encoding(refused.content):
             self._encoding = "float"  # it does not know base64
@@ -160,6 +158,7 @@ class OpenAIEmbeddingModel(ApiEmbeddingModel):
                 "organization": self._organization,
                 "timeout": openai.Timeout(self.request_timeout_s, connect=min(CONNECT_S, self.request_timeout_s)),
                 "max_retries": 0,  # the dispatcher owns them
+                "http_client": openai.DefaultAioHttpClient(),  # reads large answers at a tenth of the cost
             }
             if self._api_version:
                 self._client = openai.AsyncAzureOpenAI(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
+import pybase64
 
 from engine.models.base import BadAnswer
 
@@ -73,7 +73,7 @@ def stacked(given: Sequence[Any]) -> Vectors:
     """
     try:
         if all(isinstance(vector, str) for vector in given):
-            raw = [binascii.a2b_base64(vector) for vector in given]
+            raw = [pybase64.b64decode(vector, validate=True) for vector in given]
             if len({len(vector) for vector in raw}) > 1:
                 raise BadAnswer("vectors of several dimensions")
             vectors = np.frombuffer(b"".join(raw), "<f4").reshape(len(raw), -1).astype(np.float32, copy=False)

@@ -258,7 +258,10 @@ class Budget:
         if sent_at <= self._slowed_at:
             return
         self._slowed_at = now
-        for name, rate in (("requests", self._requests), ("tokens", self._tokens)):
+        rates = {"requests": self._requests, "tokens": self._tokens}
+        if not refusal.of and any(rate.limit for rate in rates.values()):  # nothing is guessed where a limit is known
+            rates = {name: rate for name, rate in rates.items() if rate.limit}
+        for name, rate in rates.items():
             if refusal.of in ("", name):
                 if rate.limit is None and refusal.of == name and refusal.limit:
                     rate.set(refusal.limit * self.share)

@@ -98,6 +98,7 @@ class Dispatcher:
         self._is_unit: bool | None = None
         self._dispatching: asyncio.Task[None] | None = None
         self._probing: asyncio.Task[int] | None = None
+        self._probed_at = 0.0
 
     def send(self, order: Order, budget_weight: float) -> None:
         """Take on an order. Its future is done when all its texts are settled."""
@@ -263,7 +264,7 @@ class Dispatcher:
 
     async def _failed_for_now(self, group: Group, error: Unavailable, started: float) -> None:
         """Wait, and send again; where others are answered meanwhile, again and again, find the text that is at fault."""
-        if group.num_failures < FAILURES_TO_SPLIT or not await self._make_sure(error, started):
+        if group.num_failures < FAILURES_TO_SPLIT or not await self._make_sure(error, started, started):
             self._later(group, error)
         elif len(group.pieces) > 1:
             self._split(group, num_failures=FAILURES_TO_SPLIT - 1)  # once is enough for each half
@@ -283,7 +284,6 @@ class Dispatcher:
             piece = group.pieces[0]
             shorter = shortened(piece.text, counter=self._manners.counter, how=self._manners.long_texts)
             if shorter:
-                piece.order.usage.num_long += piece.part == 0
                 for again in piece.order.refit(piece, shorter):
                     self._once_more(Group([again]))
                 return
@@ -292,7 +292,7 @@ class Dispatcher:
     async def _failed_for_a_text(self, group: Group, error: Exception, since: float, started: float) -> None:
         """Find the text by halving, and reject it alone: but only where others pass."""
         is_alone = len(group.pieces) == 1
-        if not await self._make_sure(error, started if is_alone else since):
+        if not await self._make_sure(error, started if is_alone else since, started):
             self._later(group, error)
         elif is_alone:
             self._reject(group.pieces[0], error)
@@ -303,7 +303,7 @@ class Dispatcher:
         reason = error.message if isinstance(error, ProviderError) else f"the provider's answer is bad: {error}"
         piece.order.reject(piece.text_number, reason[:MAX_REASON_CHARACTERS])
 
-    async def _make_sure(self, error: Exception, since: float) -> bool:
+    async def _make_sure(self, error: Exception, since: float, started: float) -> bool:
         """
         Say whether others pass: one did since then, or a plain sentence does now. Where not even this is known, only time can tell.
 
@@ -313,7 +313,7 @@ class Dispatcher:
         if self._last_good > since:
             return True
         try:
-            await self._probed()
+            await self._probed(started)
         except (RateLimited, Unavailable):
             return False
         except (AuthenticationFailed, QuotaExhausted, Stopped):
@@ -328,9 +328,10 @@ class Dispatcher:
         self._good()
         return True
 
-    async def _probed(self) -> None:
-        """Send a plain sentence: one at a time for all who ask."""
-        if self._probing is None or self._probing.done():
+    async def _probed(self, since: float) -> None:
+        """Send a plain sentence: one for all requests that were on their way together."""
+        if self._probing is None or (self._probing.done() and self._probed_at <= since):
+            self._probed_at = time.monotonic()
             self._probing = asyncio.create_task(self.probe())
         await asyncio.shield(self._probing)
 

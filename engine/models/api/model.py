@@ -193,11 +193,12 @@ class ApiEmbeddingModel(BaseEmbeddingModel):
     async def _embedded(self, texts: Sequence[str]) -> Embeddings:
         numbers, pieces = await asyncio.to_thread(self.terms.prepared, texts, self._prompt, self._long_texts)
         usage = Embeddings(np.empty((0, 0), np.float32), num_duplicates=len(numbers) - len(pieces))
-        usage.num_long = sum(found is not None and found[0][0] != self._prompt + text for text, found in pieces.items())
         order = Order(numbers, list(pieces.values()), asyncio.get_running_loop().create_future(), usage)
-        for number, found in enumerate(pieces.values()):
+        for number, (text, found) in enumerate(pieces.items()):
             if not found:
                 order.reject(number, TOO_LONG.format(limit=self.terms.max_input_tokens))
+            elif found[0][0] != self._prompt + text:
+                order.long.add(number)
         num_tokens = order.num_tokens
         budget_weight = await self._budget.admit(num_tokens)
         is_done = False

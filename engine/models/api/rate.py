@@ -94,9 +94,11 @@ class Rate:
             age_s = min(time.monotonic() - self._began, WINDOW_S)
             if self._recent > 0:
                 self._is_guess = True
-                self._adopt(
-                    self._recent / (1 + age_s / WINDOW_S)
-                )  # a bucket that was full and is refilled gave as much more
+                self._factor_at = (
+                    time.monotonic()
+                )  # a guess becomes faster from now on, and not since the machine began
+                # a bucket that was full and is refilled gave as much more
+                self._adopt(self._recent / (1 + age_s / WINDOW_S))
         self._factor = max(self._present_factor() * SLOWER, SLOWEST)
         self._factor_at = time.monotonic()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,10 @@ WINDOW = 12
 LEAST_QUOTED = 4
 """Characters of a short text that is looked for as a whole: shorter ones are words that servers use."""
 _KEY = re.compile(r"\b(sk|pk|key|api)[-_][A-Za-z0-9_*.\-]{6,}|\b[A-Za-z0-9_\-]{32,}\b")
-_TRY_AGAIN = re.compile(r"(?:try again|retry) (?:in|after) ([0-9hms.]+[0-9hms])", re.IGNORECASE)
+_TRY_AGAIN = re.compile(
+    r"(?:try again|retry) (?:in|after) (\d[\dhms.]*)(?: ?(second|minute|millisecond))?", re.IGNORECASE
+)
+_UNITS = {"millisecond": "ms", "minute": "m", "second": "s"}
 _LIMIT = re.compile(r"(requests|tokens) per min.{0,20}?limit:? ([\d,]+)", re.IGNORECASE | re.DOTALL)
 
 
@@ -60,13 +64,15 @@ def refusal(
     """
     message, code = _said(body)
     signals = f"{code} {message}".lower()
-    words = scrubbed(message, texts, secrets)
+    anonymous = _anonymous(message, texts, secrets)
+    words = _line(anonymous)
     wait_s = wait_of(headers, message)
     if status in (401, 403):
         return AuthenticationFailed(
             f"the provider does not accept the key (HTTP {status}): see to it where the workers run"
         )
-    if status == 402 or any(signal in signals for signal in NO_QUOTA):
+    # this ends the job, so a text that is quoted must not have said it
+    if status == 402 or any(signal in f"{code} {anonymous}".lower() for signal in NO_QUOTA):
         return QuotaExhausted(
             f"the provider's quota is used up (HTTP {status}): add to it, then run the same command again; "
             "what was committed is kept"
@@ -93,16 +99,16 @@ def refusal(
 
 def wait_of(headers: Mapping[str, str], message: str = "") -> float | None:
     """Return for how many seconds a server asks to wait, in any of the forms that there are; None if it does not say."""
-    try:
-        if (value := headers.get("retry-after-ms")) is not None:
-            return max(float(value) / 1000, 0.0)
-        if (value := headers.get("retry-after")) is not None:
-            return max(float(value), 0.0)
-    except ValueError:
-        if (waits := _until(headers.get("retry-after", ""))) is not None:
-            return waits
-    if (said := _TRY_AGAIN.search(message)) and (seconds := seconds_of(said[1].rstrip("."))) is not None:
-        return seconds
+    if (num_ms := _number(headers.get("retry-after-ms"))) is not None:
+        return num_ms / 1000
+    if (given := headers.get("retry-after")) is not None:
+        seconds = _number(given)
+        if (seconds := _until(given) if seconds is None else seconds) is not None:
+            return seconds
+    if said := _TRY_AGAIN.search(message):
+        unit = _UNITS[said[2].lower()] if said[2] else ""
+        if (seconds := seconds_of(said[1].rstrip(".") + unit)) is not None:
+            return seconds
     spent = [of for of in ("requests", "tokens") if headers.get(f"x-ratelimit-remaining-{of}") == "0"]
     resets = [seconds_of(headers.get(f"x-ratelimit-reset-{of}", "")) for of in spent]
     return max((reset for reset in resets if reset is not None), default=None)
@@ -110,13 +116,30 @@ def wait_of(headers: Mapping[str, str], message: str = "") -> float | None:
 
 def scrubbed(message: str, texts: Sequence[str], secrets: Sequence[str] = ()) -> str:
     """Return a server's words without anything that stands in a text or looks like a key, on one line, and not too long."""
+    return _line(_anonymous(message, texts, secrets))
+
+
+def _line(words: str) -> str:
+    line = " ".join(words.split())
+    return line if len(line) <= MAX_WORDS else f"{line[:MAX_WORDS]}…"
+
+
+def _anonymous(message: str, texts: Sequence[str], secrets: Sequence[str]) -> str:
     for secret in secrets:
         message = message.replace(secret, "…") if secret else message
     message = _KEY.sub("…", message)
     for text in texts:
         message = _without(message, text)
-    line = " ".join(message.split())
-    return line if len(line) <= MAX_WORDS else f"{line[:MAX_WORDS]}…"
+    return message
+
+
+def _number(value: str | None) -> float | None:
+    """Return seconds or milliseconds; None if they are none."""
+    try:
+        number = float(value or "")
+    except ValueError:
+        return None
+    return max(number, 0.0) if math.isfinite(number) else None
 
 
 def _without(message: str, text: str) -> str:

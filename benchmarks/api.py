@@ -1,0 +1,282 @@
+"""
+How well a provider's limits are used, and what the client costs: ours beside what people do without it.
+
+    python benchmarks/api.py                                            about half an hour
+    python benchmarks/api.py --parts limits --cases tokens-4-skewed     one case: five minutes
+    python benchmarks/api.py --parts unlimited,memory                   two minutes
+
+Everything is asked of the strict server of tests/, on loopback, with 0.2 s of latency where there are limits. The share of a limit is
+measured by the server, from ten seconds after the first request that it accepted to the last: the work that was accepted in
+that time, over what the limit allows in it. Each way embeds the same texts in fresh processes, one way after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.api_ways import MODEL, text_of
+from benchmarks.measure import ROOT, environment
+from tests.strict_server import Server, num_tokens, serving
+
+FIRST_S = 10.0
+TARGET_SHARE, TARGET_REFUSALS, TARGET_RATIO = 0.95, 0.001, 3.0
+LATENCY_S = 0.2
+KEY = {"OPENAI_API_KEY": "sk-benchmark"}
+RPM, TPM, PLENTY = 300, 600_000, 10**9
+SKEWED = (0.7, 0.1, 0.1, 0.1)
+ROUNDS_OF_TEXTS = {"requests": (100, 10), "tokens": (500, 40)}
+"""Texts a request, and words a text."""
+ENGINE = "import json, sys, engine; engine.run(progress=False, **json.loads(sys.argv[1]))"
+progress = Console(stderr=True, highlight=False)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is limited, and who asks."""
+
+    bound: str
+    workers: int
+    is_skewed: bool
+
+    @property
+    def name(self) -> str:
+        """What --cases calls it."""
+        return f"{self.bound}-{self.workers}-{'skewed' if self.is_skewed else 'even'}"
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """Of the server; only one of them binds."""
+        return {"rpm": RPM, "tpm": PLENTY} if self.bound == "requests" else {"rpm": 10_000, "tpm": TPM}
+
+    def shares(self) -> Sequence[float]:
+        """Of the texts, for each worker of ways that divide them beforehand."""
+        return SKEWED if self.is_skewed and self.workers > 1 else [1 / self.workers] * self.workers
+
+
+@dataclass
+class Outcome:
+    """Of one way in one case."""
+
+    case: str
+    way: str
+    share: float
+    refused: int
+    refused_share: float
+    embedded: float
+    seconds: float
+
+
+CASES = [Case(bound, workers, skew) for bound in ("requests", "tokens") for workers in (1, 4) for skew in (False, True)]
+
+
+class Watch:
+    """Looks at a server's counts ten seconds after its first answer."""
+
+    def __init__(self, server: Server) -> None:
+        self._server, self._done, self.then = server, threading.Event(), None
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+
+    def _look(self) -> None:
+        while not self._done.wait(0.2):
+            stats = self._server.stats()
+            if stats["first_s"] is not None and time.monotonic() - stats["first_s"] >= FIRST_S:
+                self.then = (stats, time.monotonic())
+                return
+
+    def stop(self) -> tuple[dict[str, Any], float] | None:
+        """Return the counts and the time of the look; None if all was done before."""
+        self._done.set()
+        self._thread.join()
+        return self.then
+
+
+def measured(case: Case, way: str, args: argparse.Namespace) -> Outcome:
+    """Run one way to its end against a server of its own."""
+    batch, words = ROUNDS_OF_TEXTS[case.bound]
+    tokens = sum(num_tokens(text_of(number, words)) for number in range(0, 100_000, 1000)) / 100
+    limit = RPM if case.bound == "requests" else TPM
+    per_minute = limit * batch if case.bound == "requests" else limit / tokens
+    num_texts = int(per_minute / 60 * args.seconds / batch) * batch
+    with serving(latency_s=LATENCY_S, constant=True, **case.limits) as server, tempfile.TemporaryDirectory() as folder:
+        watch, started = Watch(server), time.monotonic()
+        if way.startswith("engine"):
+            _engine(case, way, server, Path(folder), num_texts, batch)
+        else:
+            _peers(case, way, server, args, num_texts, tokens)
+        seconds = time.monotonic() - started
+        then, stats = watch.stop(), server.stats()
+    done = "num_ok" if case.bound == "requests" else "tokens_paid"
+    share = 0.0
+    if then is not None and stats["last_s"] > then[1] + 1:
+        share = (stats[done] - then[0][done]) / (stats["last_s"] - then[1]) * 60 / limit
+    refused = stats["num_refused"]
+    return Outcome(
+        case.name, way, share, refused, refused / stats["num_requests"], stats["texts_paid"] / num_texts, seconds
+    )
+
+
+def _engine(case: Case, way: str, server: Server, folder: Path, num_texts: int, batch: int) -> None:
+    """Run the engine over shards of one request, or of a third and of three in turns."""
+    words = ROUNDS_OF_TEXTS[case.bound][1]
+    sizes = [3 * batch, batch // 3] if case.is_skewed else [batch]
+    writer, first = None, 0
+    while first < num_texts:
+        size = min(sizes[first % len(sizes)], num_texts - first)
+        table = pa.table({"text": [text_of(number, words) for number in range(first, first + size)]})
+        writer = writer or pq.ParquetWriter(folder / "in.parquet", table.schema)
+        writer.write_table(table, row_group_size=size)
+        first += size
+    writer.close()
+    limits = {"requests_per_minute": case.limits["rpm"], "tokens_per_minute": case.limits["tpm"]}
+    options = {
+        "source": str(folder / "in.parquet"),
+        "output": str(folder / "out"),
+        "model": f"openai:{MODEL}",
+        "base_url": server.url,
+        "shard_rows": batch if not case.is_skewed else 2 * batch,
+        "num_actors": case.workers,
+        **({"batch_size": batch} if case.bound == "requests" else {}),
+        **(limits if way == "engine, limits given" else {}),
+    }
+    command = [sys.executable, "-c", ENGINE, json.dumps(options)]
+    subprocess.run(command, env=environment() | KEY, check=True, stderr=subprocess.DEVNULL)
+
+
+def _peers(case: Case, way: str, server: Server, args: argparse.Namespace, num_texts: int, tokens: float) -> None:
+    """Run a way in as many processes as there are workers, each with its share of the texts."""
+    batch, words = ROUNDS_OF_TEXTS[case.bound]
+    limit = RPM if case.bound == "requests" else TPM
+    first, processes = 0, []
+    path = f"{ROOT}{os.pathsep}{args.kura}" if way == "kura" else str(ROOT)
+    for share in case.shares():
+        size = int(num_texts * share / batch) * batch
+        command = [sys.executable, "-m", "benchmarks.api_ways", way, f"--url={server.url}", f"--first={first}"]
+        command += [
+            f"--texts={size}",
+            f"--words={words}",
+            f"--batch={batch}",
+            f"--bound={case.bound}",
+            f"--limit={limit}",
+        ]
+        command += [f"--limit-per-request={tokens * batch}", f"--workers={case.workers}"]
+        processes.append(
+            subprocess.Popen(
+                command,
+                env=environment() | KEY | {"PYTHONPATH": path},
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                stderr=None if args.verbose else subprocess.DEVNULL,
+            )
+        )
+        first += size
+    for process in processes:
+        process.wait()
+
+
+def limits(args: argparse.Namespace) -> list[Outcome]:
+    """Measure all ways in all cases that were asked for."""
+    ways = ["engine, limits given", "engine, limits learned", "gather", "static"]
+    if args.kura:
+        ways.append("kura")
+    outcomes = []
+    for case in CASES:
+        for way in ways if case.name in args.cases or not args.cases else ():
+            if args.ways and way.split(",")[0] not in args.ways:
+                continue
+            outcomes.append(measured(case, way, args))
+            progress.print(outcomes[-1])
+    return outcomes
+
+
+def clients(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Measure clients without limits, in turns; medians of texts a second, by the clock and by the client's core."""
+    found: dict[str, list[dict[str, float]]] = {"ours": [], "sdk": [], "float": []}
+    with serving(constant=True) as server:
+        for _ in range(args.rounds):
+            for way, rounds in found.items():
+                texts = args.texts // 10 if way == "float" else args.texts
+                rounds.append(_client(way, server, texts))
+                progress.print(way, rounds[-1])
+    return {
+        way: {name: statistics.median(r[name] for r in rounds) for name in rounds[0]} for way, rounds in found.items()
+    }
+
+
+def _client(way: str, server: Server, texts: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.api_ways", way, f"--url={server.url}", f"--texts={texts}"]
+    done = subprocess.run(command, env=environment() | KEY, cwd=ROOT, check=True, capture_output=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def tables(found: dict[str, Any]) -> Iterator[Table]:
+    """Lay out what was found."""
+    if outcomes := found.get("limits"):
+        table = Table("case", "way", "share of the limit", "refusals", "of requests", "texts embedded", "seconds")
+        for o in outcomes:
+            cells = (o["case"], o["way"], f"{o['share']:.3f}", str(o["refused"]), f"{o['refused_share']:.2%}")
+            table.add_row(*cells, f"{o['embedded']:.1%}", f"{o['seconds']:.0f}")
+        yield table
+    if rates := found.get("unlimited"):
+        table = Table("client", "texts/s", "texts/s per core of the client", "ours to it")
+        for way, rate in rates.items():
+            ratio = rates["ours"]["core"] / rate["core"]
+            table.add_row(way, f"{rate['wall']:,.0f}", f"{rate['core']:,.0f}", f"{ratio:.2f}")
+        yield table
+    if sizes := found.get("memory"):
+        table = Table(*sizes, title="MiB of the process, by texts done")
+        table.add_row(*(f"{size:.0f}" for size in sizes.values()))
+        yield table
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="How well a provider's limits are used, and what the client costs.")
+    parser.add_argument("--parts", default="limits,unlimited,memory", help="(%(default)s)")
+    parser.add_argument("--cases", default="", help="such as tokens-4-skewed,requests-1-even (all)")
+    parser.add_argument("--ways", default="", help="engine, gather, static, kura (all)")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="that each way's work takes at the limit (%(default)s)"
+    )
+    parser.add_argument("--kura", help="a site-packages folder with kura 0.5.4 and tenacity (left out)")
+    parser.add_argument("--rounds", type=int, default=3, help="of the unlimited clients (%(default)s)")
+    parser.add_argument("--texts", type=int, default=204_800, help="of a round of an unlimited client (%(default)s)")
+    parser.add_argument("--verbose", action="store_true", help="show what peers say on stderr")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    args = parser.parse_args(argv)
+    args.cases, args.ways = ([name for name in value.split(",") if name] for value in (args.cases, args.ways))
+    parts, found = args.parts.split(","), {}
+    if "limits" in parts:
+        found["limits"] = [asdict(outcome) for outcome in limits(args)]
+    if "unlimited" in parts:
+        found["unlimited"] = clients(args)
+    if "memory" in parts:
+        with serving(constant=True) as server:
+            found["memory"] = _client("memory", server, 500_000)
+    if args.json:
+        sys.stdout.write(json.dumps(found) + "\n")
+        return
+    for table in tables(found):
+        Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
