@@ -94,9 +94,8 @@ class Rate:
             age_s = min(time.monotonic() - self._began, WINDOW_S)
             if self._recent > 0:
                 self._is_guess = True
-                self._factor_at = (
-                    time.monotonic()
-                )  # a guess becomes faster from now on, and not since the machine began
+                # a guess becomes faster from now on, and not since the machine began
+                self._factor_at = time.monotonic()
                 # a bucket that was full and is refilled gave as much more
                 self._adopt(self._recent / (1 + age_s / WINDOW_S))
         self._factor = max(self._present_factor() * SLOWER, SLOWEST)
