@@ -112,8 +112,10 @@ async def memory(args: argparse.Namespace) -> dict[str, float]:
 
     async def one(texts: list[str]) -> None:
         nonlocal num_done
-        await model.embed_rows(texts)
-        slots.release()
+        try:
+            await model.embed_rows(texts)
+        finally:
+            slots.release()
         num_done += len(texts)
         while marks and num_done >= marks[0] * args.texts:
             seen[f"{marks.pop(0):.0%}"] = process.memory_info().rss / 2**20

@@ -180,7 +180,7 @@ def closed(clients: Sequence[Client]) -> None:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """A provider that fails is asked again soon."""
-    monkeypatch.setattr("engine.models.api.dispatcher.BACKOFF_S", (0.02, 0.1))
+    monkeypatch.setattr("engine.models.api.recovery.BACKOFF_S", (0.02, 0.1))
 
 
 class LLMock:

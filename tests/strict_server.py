@@ -41,6 +41,7 @@ class Settings:
 
     rpm: int | None = None
     tpm: int | None = None
+    burst_s: float = 60.0  # of a limit, that may be spent at once
     latency_s: float = 0.0
     limit_headers: bool = True
     no_base64: bool = False
@@ -80,15 +81,16 @@ class Query:
 
 
 class Bucket:
-    """A limit per minute: full at the start and refilled without pause."""
+    """A limit per minute: full at the start, with what may be taken at once, and refilled without pause."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.level, self._at = limit, float(limit), time.monotonic()
+    def __init__(self, limit: int, burst_s: float) -> None:
+        self.limit, self.most = limit, limit * burst_s / WINDOW_S
+        self.level, self._at = self.most, time.monotonic()
 
     def wait_s(self, amount: float) -> float:
         """Seconds until `amount` can be taken."""
         now = time.monotonic()
-        self.level = min(self.limit, self.level + (now - self._at) * self.limit / WINDOW_S)
+        self.level = min(self.most, self.level + (now - self._at) * self.limit / WINDOW_S)
         self._at = now
         return max(0.0, amount - self.level) * WINDOW_S / self.limit
 
@@ -314,7 +316,7 @@ class StrictServer:
 
     def fill(self) -> None:
         limits = {"requests": self.settings.rpm, "tokens": self.settings.tpm}
-        self.buckets = {name: Bucket(limit) for name, limit in limits.items() if limit}
+        self.buckets = {name: Bucket(limit, self.settings.burst_s) for name, limit in limits.items() if limit}
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=2**28)
@@ -424,7 +426,7 @@ class StrictServer:
     def _limit_headers(self) -> dict[str, str]:
         headers = {}
         for name, bucket in self.buckets.items() if self.settings.limit_headers else ():
-            full_s = bucket.wait_s(bucket.limit)
+            full_s = bucket.wait_s(bucket.most)
             values = {"limit": bucket.limit, "remaining": int(bucket.level), "reset": go_duration(full_s)}
             headers |= {f"x-ratelimit-{word}-{name}": str(value) for word, value in values.items()}
         return headers

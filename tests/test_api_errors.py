@@ -256,7 +256,7 @@ def test_a_server_that_fails_and_asks_to_wait_is_waited_for(server, connect, has
 
 def test_waits_grow_with_each_failure(server, connect, monkeypatch):
     """By a random share, so that not all come back together."""
-    monkeypatch.setattr("engine.models.api.dispatcher.BACKOFF_S", (0.05, 0.2))
+    monkeypatch.setattr("engine.models.api.recovery.BACKOFF_S", (0.05, 0.2))
     server.behave(faults=[status(500, -1)])
     client = connect(give_up_s=1.0)
     with pytest.raises(ProviderError):

@@ -167,10 +167,10 @@ class Budget:
         async with self._turn:  # asyncio.Lock is fair: nobody overtakes, so a large request does not starve
             await self._hear()
             await self._pause()
-            await self._requests.take(1)
-            tokens = await self._tokens.take(num_tokens)
+            await self._requests.take(1, self._check_fatal)
+            tokens = await self._tokens.take(num_tokens, self._check_fatal)
             await self._pause()  # somebody may have been refused meanwhile
-            self._check(spent_too=False)
+            self._check_fatal()
             grant = Grant(next(self._ids), self.request_tokens)
             self._open[grant.id] = _Open(tokens, time.monotonic())
             if len(self._open) > MAX_OPEN_GRANTS:
@@ -224,14 +224,19 @@ class Budget:
         self._requests.set(limits.requests and limits.requests * self.share)
         self._tokens.set(limits.tokens and limits.tokens * self.share)
 
-    def _check(self, *, spent_too: bool = True) -> None:
-        if self._stopped_by is not None and (spent_too or not self._is_spent):
+    def _check(self) -> None:
+        if self._stopped_by is not None:
             raise Stopped(self._stopped_by.message)
+
+    def _check_fatal(self) -> None:
+        """Raise for a stop that ends what was begun too: all but spent money."""
+        if not self._is_spent:
+            self._check()
 
     async def _hear(self) -> None:
         """Let one request go ahead, until an answer tells the limits, or that there are none."""
         while not self._has_heard:
-            self._check(spent_too=False)
+            self._check_fatal()
             if not self._is_probing:
                 self._is_probing = True
                 self._heard.clear()
@@ -244,7 +249,7 @@ class Budget:
 
     async def _pause(self) -> None:
         while True:
-            self._check(spent_too=False)
+            self._check_fatal()
             left_s = self._paused_until - time.monotonic()
             if left_s <= 0:
                 return

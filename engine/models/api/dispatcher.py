@@ -1,77 +1,46 @@
-"""The dispatcher: full requests, one after the other, as the budget allows them, and what is done with those that fail."""
+"""The dispatcher: full requests, one after the other, as the budget allows them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import math
-import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.errors import (
-    AuthenticationFailed,
-    InputRejected,
-    InputTooLong,
     ProviderError,
-    QuotaExhausted,
     RateLimited,
-    RequestTooLarge,
     Stopped,
     Unavailable,
 )
-from engine.models.api.answers import Malformed
 from engine.models.api.budget import Grant, Report
-from engine.models.api.long_texts import shortened
 from engine.models.api.orders import Group, Piece, take
-from engine.models.base import MAX_REASON_CHARACTERS, PROBE, BadAnswer, usable
+from engine.models.api.recovery import Recovery
+from engine.models.base import PROBE, BadAnswer, usable
 
 if TYPE_CHECKING:
     from engine.models.api.answers import Reply
     from engine.models.api.budget import BudgetPort
-    from engine.models.api.long_texts import LongTexts
+    from engine.models.api.manners import Manners
     from engine.models.api.orders import Order
-    from engine.models.api.tokens import Counter
     from engine.models.base import Vectors
 
 logger = logging.getLogger(__name__)
 
-BACKOFF_S = (0.5, 30.0)
-"""Before a request is sent again to a provider that fails: at first, and at most; doubled each time, and spread at random."""
-FAILURES_TO_SPLIT = 3
-"""In a row, of one request, while others are answered: then one of its texts is at fault."""
 UNIT_TOLERANCE = 1e-2
 """Of the length of a vector whose model's vectors have length 1."""
 NOT_USABLE = "vectors that are zero, not finite or not of length 1"
 
 
-@dataclass(frozen=True, slots=True)
-class Manners:
-    """How requests are made."""
-
-    max_inputs: int
-    max_weight: float
-    num_concurrent: int
-    timeout_s: float
-    """For a whole answer."""
-    give_up_s: float
-    """After which a provider that has answered nothing is given up."""
-    long_texts: LongTexts
-    counter: Counter
-
-
 class Dispatcher:
     """
     Sends what waits, in the order in which it came, in requests as full as they may be; on one event loop.
-
-    It owns all retries. A failure is the provider's (wait, and send again), the request's (cut it in two) or a text's (find it by
-    halving, and reject it alone).
 
     Args:
         request: Sends texts once, and returns the answer or raises what it means.
@@ -86,19 +55,14 @@ class Dispatcher:
         self.dimension: int | None = None
         self._request = request
         self._manners = manners
-        self._max_inputs = manners.max_inputs
-        self._max_weight = manners.max_weight
+        self._recovery = Recovery(manners, self._once_more, self.probe)
         self._budget_weight = float("inf")
         self._waiting: deque[Piece] = deque()
         self._again: deque[Group] = deque()
         self._slots = asyncio.Semaphore(manners.num_concurrent)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._last_good = 0.0
-        self._trouble_since: float | None = None
         self._is_unit: bool | None = None
         self._dispatching: asyncio.Task[None] | None = None
-        self._probing: asyncio.Task[int] | None = None
-        self._probed_at = 0.0
 
     def send(self, order: Order, budget_weight: float) -> None:
         """Take on an order. Its future is done when all its texts are settled."""
@@ -108,10 +72,11 @@ class Dispatcher:
 
     async def close(self) -> None:
         """Stop; what waits is not sent."""
-        tasks = [*self._tasks, *(task for task in (self._dispatching, self._probing) if task)]
+        tasks = [*self._tasks, *([self._dispatching] if self._dispatching else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._recovery.close()
 
     async def probe(self) -> int:
         """Embed a plain sentence; return the dimension of its vector. Raises what the provider answers."""
@@ -152,9 +117,9 @@ class Dispatcher:
         self._tasks.discard(task)
 
     def _fill(self, group: Group) -> None:
-        room = self._max_inputs - len(group.pieces)
+        room = self._recovery.max_inputs - len(group.pieces)
         if room > 0 and not group.failed_since:
-            left = self._max_weight - group.weight
+            left = self._recovery.max_weight - group.weight
             group.pieces += take(self._waiting, max_inputs=room, max_weight=left, is_empty=False).pieces
 
     def _next(self) -> Group:
@@ -163,8 +128,8 @@ class Dispatcher:
             group = self._again.popleft()
             group.pieces = [piece for piece in group.pieces if not piece.order.done.done()]
             return group
-        most = min(self._max_weight, self._budget_weight)
-        return take(self._waiting, max_inputs=self._max_inputs, max_weight=most)
+        most = min(self._recovery.max_weight, self._budget_weight)
+        return take(self._waiting, max_inputs=self._recovery.max_inputs, max_weight=most)
 
     async def _send(self, group: Group, grant: Grant) -> None:
         usage = group.pieces[0].order.usage
@@ -177,7 +142,7 @@ class Dispatcher:
             self._settle(group, reply)
         except Exception as error:
             try:
-                await self._failed(group, error, started)
+                await self._recovery.failed(group, error, started)
             except Exception as final:
                 await self._give_up(group, final)
 
@@ -224,7 +189,7 @@ class Dispatcher:
         good = self._are_good(reply.vectors)
         if not good.any():
             raise BadAnswer(NOT_USABLE)
-        self._good()
+        self._recovery.good()
         for piece, vector, is_good in zip(group.pieces, reply.vectors, good.tolist(), strict=True):
             if is_good:
                 piece.order.settle(piece, vector)
@@ -242,126 +207,6 @@ class Dispatcher:
             piece.order.usage.num_tokens += share - given
             given = share
 
-    async def _failed(self, group: Group, error: Exception, started: float) -> None:
-        """Decide what becomes of a request that failed. Raises what ends the orders in it."""
-        if isinstance(error, RateLimited):
-            group.pieces[0].order.usage.num_refusals += 1
-            self._wait_or_raise(error)
-            self._once_more(group)
-            return
-        since = group.failed_since or started
-        group.failed()
-        if isinstance(error, Unavailable):
-            await self._failed_for_now(group, error, started)
-        elif isinstance(error, (RequestTooLarge, InputTooLong)):
-            await self._failed_for_size(group, error, since, started)
-        elif isinstance(error, BadAnswer) and group.num_failures < 2:
-            self._once_more(group)
-        elif isinstance(error, (InputRejected, BadAnswer)):
-            await self._failed_for_a_text(group, error, since, started)
-        else:
-            raise error
-
-    async def _failed_for_now(self, group: Group, error: Unavailable, started: float) -> None:
-        """Wait, and send again; where others are answered meanwhile, again and again, find the text that is at fault."""
-        if group.num_failures < FAILURES_TO_SPLIT or not await self._make_sure(error, started, started):
-            self._later(group, error)
-        elif len(group.pieces) > 1:
-            self._split(group, num_failures=FAILURES_TO_SPLIT - 1)  # once is enough for each half
-        elif group.num_failures == FAILURES_TO_SPLIT:
-            self._later(group, error)
-        else:
-            self._reject(group.pieces[0], error)
-
-    async def _failed_for_size(self, group: Group, error: ProviderError, since: float, started: float) -> None:
-        """Send less at once; cut a text that is too long by itself."""
-        if len(group.pieces) > 1:
-            if isinstance(error, RequestTooLarge) and error.of == "inputs":  # do not run into it again and again
-                self._max_inputs = min(self._max_inputs, max(len(group.pieces) // 2, 1))
-            elif isinstance(error, RequestTooLarge):
-                self._max_weight = min(self._max_weight, max(group.weight / 2, 1))
-        elif isinstance(error, InputTooLong):
-            piece = group.pieces[0]
-            shorter = shortened(piece.text, counter=self._manners.counter, how=self._manners.long_texts)
-            if shorter:
-                for again in piece.order.refit(piece, shorter):
-                    self._once_more(Group([again]))
-                return
-        await self._failed_for_a_text(group, error, since, started)
-
-    async def _failed_for_a_text(self, group: Group, error: Exception, since: float, started: float) -> None:
-        """Find the text by halving, and reject it alone: but only where others pass."""
-        is_alone = len(group.pieces) == 1
-        if not await self._make_sure(error, started if is_alone else since, started):
-            self._later(group, error)
-        elif is_alone:
-            self._reject(group.pieces[0], error)
-        else:
-            self._split(group)
-
-    def _reject(self, piece: Piece, error: Exception) -> None:
-        reason = error.message if isinstance(error, ProviderError) else f"the provider's answer is bad: {error}"
-        piece.order.reject(piece.text_number, reason[:MAX_REASON_CHARACTERS])
-
-    async def _make_sure(self, error: Exception, since: float, started: float) -> bool:
-        """
-        Say whether others pass: one did since then, or a plain sentence does now. Where not even this is known, only time can tell.
-
-        Raises:
-            ProviderError: If the provider fails whatever the text.
-        """
-        if self._last_good > since:
-            return True
-        try:
-            await self._probed(started)
-        except (RateLimited, Unavailable):
-            return False
-        except (AuthenticationFailed, QuotaExhausted, Stopped):
-            raise
-        except (ProviderError, BadAnswer) as again:
-            if isinstance(again, Malformed) and self._last_good:
-                return False  # it did better before
-            raise ProviderError(
-                f"the provider fails on every text: {_said(error)} (on a plain English sentence too: {type(again).__name__}). Mend the "
-                "settings, then run the same command again; what was committed is kept"
-            ) from None
-        self._good()
-        return True
-
-    async def _probed(self, since: float) -> None:
-        """Send a plain sentence: one for all requests that were on their way together."""
-        if self._probing is None or (self._probing.done() and self._probed_at <= since):
-            self._probed_at = time.monotonic()
-            self._probing = asyncio.create_task(self.probe())
-        await asyncio.shield(self._probing)
-
-    def _later(self, group: Group, error: Exception) -> None:
-        """Send a request again after a while, which is longer after each failure. Raises when that has gone on for too long."""
-        self._wait_or_raise(error)
-        least, most = BACKOFF_S
-        wait_s = min(least * 2 ** (group.num_failures - 1), most) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
-        asked_s = (isinstance(error, Unavailable) and error.wait_s) or 0.0
-        wait_s = max(wait_s, min(asked_s, self._manners.give_up_s / 2))
-        asyncio.get_running_loop().call_later(wait_s, self._once_more, group)
-
-    def _wait_or_raise(self, error: Exception) -> None:
-        now = time.monotonic()
-        self._trouble_since = self._trouble_since or now
-        if now - self._trouble_since > self._manners.give_up_s:
-            raise ProviderError(
-                f"the provider has answered nothing for {self._manners.give_up_s:g} s ({_said(error)}): what was committed is "
-                "kept; run the same command again when it is back"
-            )
-
-    def _good(self) -> None:
-        self._last_good = time.monotonic()
-        self._trouble_since = None
-
-    def _split(self, group: Group, num_failures: int = 0) -> None:
-        for half in group.halves():
-            half.num_failures = num_failures
-            self._once_more(half)
-
     def _once_more(self, group: Group) -> None:
         self._again.append(group)
         self._go()
@@ -377,8 +222,3 @@ class Dispatcher:
     def _fail(self, group: Group, error: ProviderError) -> None:
         for order in {piece.order for piece in group.pieces}:
             order.fail(error)
-
-
-def _said(error: Exception) -> str:
-    """Return what an error says; no text is in it."""
-    return error.message if isinstance(error, ProviderError) else f"bad answer, {error}"

@@ -14,9 +14,10 @@ from engine.config import ModelConfig
 from engine.errors import ConfigError, InputRejected
 from engine.models.api.answers import Reply
 from engine.models.api.budget import Budget, BudgetPort
-from engine.models.api.dispatcher import Dispatcher, Manners
+from engine.models.api.dispatcher import Dispatcher
 from engine.models.api.limits import Limits
 from engine.models.api.long_texts import LongTexts
+from engine.models.api.manners import Manners
 from engine.models.api.orders import Order
 from engine.models.api.terms import Terms
 from engine.models.base import PROBE, BaseEmbeddingModel, Embeddings, Needs

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from aiolimiter import AsyncLimiter
@@ -17,6 +19,7 @@ WINDOW_S = 60.5
 """A minute, and what requests may differ in their way to the server."""
 CREDIT_S = 10.0
 """What is given back is worth this long, at most: a burst of more would be one over the limit."""
+CHECK_S = 1.0
 SLOWER = 0.7
 SLOWEST = 0.05
 RECOVERY_PER_S = 0.01
@@ -51,6 +54,7 @@ class Rate:
         self._factor = 1.0
         self._factor_at = 0.0
         self._began = time.monotonic()
+        self._refused_at = -math.inf
 
     def set(self, limit: float | None) -> None:
         """Go by a limit that is known; None leaves what there is."""
@@ -59,16 +63,24 @@ class Rate:
         self._is_guess = False
         self._adopt(limit)
 
-    async def take(self, amount: float) -> Spent:
-        """Wait until `amount` may be spent, and spend it; what is returned is for `correct`."""
+    async def take(self, amount: float, check: Callable[[], None] = lambda: None) -> Spent:
+        """
+        Wait until `amount` may be spent, and spend it; what is returned is for `correct`.
+
+        Args:
+            amount: Requests, or tokens.
+            check: Called now and then while it waits; what it raises ends the wait.
+        """
         if self.limit is not None:
-            while (wait_s := self._wait_s(amount)) > 0:  # noqa: ASYNC110 - only time can tell
-                await asyncio.sleep(wait_s)
+            while (wait_s := self._wait_s(amount)) > 0:
+                check()
+                await asyncio.sleep(min(wait_s, CHECK_S))
             left = amount - self._credit
             self._credit = max(-left, 0.0)
             while left > 0 and self._limiter is not None:
                 capacity = self._limiter.max_rate
                 piece = min(left, capacity * self._present_factor())
+                check()
                 await self._limiter.acquire(min(piece / self._present_factor(), capacity))
                 left -= piece
         spent = Spent(time.monotonic(), amount)
@@ -89,17 +101,23 @@ class Rate:
         spent.amount = amount
 
     def slow_down(self) -> None:
-        """Be slower for a while: the provider has refused. Without a limit, what it took in the last minute becomes one."""
-        if self.limit is None:
-            age_s = min(time.monotonic() - self._began, WINDOW_S)
-            if self._recent > 0:
-                self._is_guess = True
-                # a guess becomes faster from now on, and not since the machine began
-                self._factor_at = time.monotonic()
-                # a bucket that was full and is refilled gave as much more
-                self._adopt(self._recent / (1 + age_s / WINDOW_S))
-        self._factor = max(self._present_factor() * SLOWER, SLOWEST)
-        self._factor_at = time.monotonic()
+        """
+        Be slower for a while: the provider has refused.
+
+        Without a limit, a single refusal says nothing of one (a busy server has passing ones); with a second in a minute, what was
+        taken in the last minute becomes the limit.
+        """
+        now = time.monotonic()
+        if self.limit is None and now - self._refused_at < WINDOW_S and self._recent > 0:
+            self._is_guess = True
+            self._factor_at = now  # a guess becomes faster from now on, and not since the machine began
+            self._adopt(
+                self._recent / (1 + min(now - self._began, WINDOW_S) / WINDOW_S)
+            )  # a full bucket gave as much more
+        self._refused_at = now
+        if self.limit is not None:
+            self._factor = max(self._present_factor() * SLOWER, SLOWEST)
+            self._factor_at = now
 
     def _adopt(self, limit: float) -> None:
         self.limit = limit

@@ -33,7 +33,7 @@ TOO_LONG = (
     "maximum context length", "must have less than", "too long", "maximum input length", "exceeds the maximum",
     "longer than the model", "max_model_len", "context length", "input length",
 )  # fmt: skip
-MAX_MESSAGE = 2000
+MAX_MESSAGE = 500
 """Characters of what a server says that are looked at."""
 MAX_WORDS = 160
 """Characters of what a server says that are passed on."""
@@ -129,8 +129,9 @@ def _anonymous(message: str, texts: Sequence[str], secrets: Sequence[str]) -> st
         message = message.replace(secret, "…") if secret else message
     message = _KEY.sub("…", message)
     for text in texts:
-        message = _without(message, text)
-    return message
+        if LEAST_QUOTED <= len(text) < WINDOW and text in message:
+            message = message.replace(text, "…")
+    return _without(message, "\0".join(text for text in texts if len(text) >= WINDOW))
 
 
 def _number(value: str | None) -> float | None:
@@ -143,8 +144,7 @@ def _number(value: str | None) -> float | None:
 
 
 def _without(message: str, text: str) -> str:
-    if len(text) < WINDOW:
-        return message.replace(text, "…") if len(text) >= LEAST_QUOTED else message
+    """Leave out whatever stands in a text too, for `WINDOW` characters in a row and more."""
     kept, at = [], 0
     while at < len(message):
         window = message[at : at + WINDOW]

@@ -1,0 +1,194 @@
+"""Recovery: what is done with a request that failed, so that only what nobody can embed is rejected."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import (
+    AuthenticationFailed,
+    InputRejected,
+    InputTooLong,
+    ProviderError,
+    QuotaExhausted,
+    RateLimited,
+    RequestTooLarge,
+    Stopped,
+    Unavailable,
+)
+from engine.models.api.answers import Malformed
+from engine.models.api.long_texts import shortened
+from engine.models.api.orders import Group, Piece
+from engine.models.base import MAX_REASON_CHARACTERS, BadAnswer
+
+if TYPE_CHECKING:
+    from engine.models.api.manners import Manners
+
+BACKOFF_S = (0.5, 30.0)
+"""Before a request is sent again to a provider that fails: at first, and at most; doubled each time, and spread at random."""
+FAILURES_TO_SPLIT = 3
+"""In a row, of one request, while others are answered: then one of its texts is at fault."""
+
+
+class Recovery:
+    """
+    Owns all retries. A failure is the provider's (wait, and send again), the request's (cut it in two) or a text's (find it by halving,
+    and reject it alone).
+
+    Args:
+        manners: How requests are made.
+        send_again: Takes a request that is to be sent once more.
+        probe: Embeds a plain sentence, or raises what the provider answers.
+    """
+
+    def __init__(
+        self,
+        manners: Manners,
+        send_again: Callable[[Group], None],
+        probe: Callable[[], Coroutine[Any, Any, int]],
+    ) -> None:
+        self.max_inputs = manners.max_inputs
+        self.max_weight = manners.max_weight
+        """Of a request: less than the provider's terms say, once it has refused so much."""
+        self._manners = manners
+        self._send_again = send_again
+        self._probe = probe
+        self._last_good = 0.0
+        self._trouble_since: float | None = None
+        self._probing: asyncio.Task[int] | None = None
+        self._probed_at = 0.0
+
+    async def close(self) -> None:
+        """End a probe that is on its way."""
+        if self._probing is not None:
+            self._probing.cancel()
+            await asyncio.gather(self._probing, return_exceptions=True)
+
+    def good(self) -> None:
+        """Note that the provider has answered as it should."""
+        self._last_good = time.monotonic()
+        self._trouble_since = None
+
+    async def failed(self, group: Group, error: Exception, started: float) -> None:
+        """Decide what becomes of a request that failed. Raises what ends the orders in it."""
+        if isinstance(error, RateLimited):
+            group.pieces[0].order.usage.num_refusals += 1
+            self._wait_or_raise(error)
+            self._send_again(group)
+            return
+        since = group.failed_since or started
+        group.failed()
+        if isinstance(error, Unavailable):
+            await self._failed_for_now(group, error, started)
+        elif isinstance(error, (RequestTooLarge, InputTooLong)):
+            await self._failed_for_size(group, error, since, started)
+        elif isinstance(error, BadAnswer) and group.num_failures < 2:
+            self._send_again(group)
+        elif isinstance(error, (InputRejected, BadAnswer)):
+            await self._failed_for_a_text(group, error, since, started)
+        else:
+            raise error
+
+    async def _failed_for_now(self, group: Group, error: Unavailable, started: float) -> None:
+        """Wait, and send again; where others are answered meanwhile, again and again, find the text that is at fault."""
+        if group.num_failures < FAILURES_TO_SPLIT or not await self._make_sure(error, started, started):
+            self._later(group, error)
+        elif len(group.pieces) > 1:
+            self._split(group, num_failures=FAILURES_TO_SPLIT - 1)  # once is enough for each half
+        elif group.num_failures == FAILURES_TO_SPLIT:
+            self._later(group, error)
+        else:
+            self._reject(group.pieces[0], error)
+
+    async def _failed_for_size(self, group: Group, error: ProviderError, since: float, started: float) -> None:
+        """Send less at once; cut a text that is too long by itself."""
+        if len(group.pieces) > 1:
+            if isinstance(error, RequestTooLarge) and error.of == "inputs":  # do not run into it again and again
+                self.max_inputs = min(self.max_inputs, max(len(group.pieces) // 2, 1))
+            elif isinstance(error, RequestTooLarge):
+                self.max_weight = min(self.max_weight, max(group.weight / 2, 1))
+        elif isinstance(error, InputTooLong):
+            piece = group.pieces[0]
+            shorter = shortened(piece.text, counter=self._manners.counter, how=self._manners.long_texts)
+            if shorter:
+                for again in piece.order.refit(piece, shorter):
+                    self._send_again(Group([again]))
+                return
+        await self._failed_for_a_text(group, error, since, started)
+
+    async def _failed_for_a_text(self, group: Group, error: Exception, since: float, started: float) -> None:
+        """Find the text by halving, and reject it alone: but only where others pass."""
+        is_alone = len(group.pieces) == 1
+        if not await self._make_sure(error, started if is_alone else since, started):
+            self._later(group, error)
+        elif is_alone:
+            self._reject(group.pieces[0], error)
+        else:
+            self._split(group)
+
+    def _reject(self, piece: Piece, error: Exception) -> None:
+        reason = error.message if isinstance(error, ProviderError) else f"the provider's answer is bad: {error}"
+        piece.order.reject(piece.text_number, reason[:MAX_REASON_CHARACTERS])
+
+    async def _make_sure(self, error: Exception, since: float, started: float) -> bool:
+        """
+        Say whether others pass: one did since then, or a plain sentence does now. Where not even this is known, only time can tell.
+
+        Raises:
+            ProviderError: If the provider fails whatever the text.
+        """
+        if self._last_good > since:
+            return True
+        try:
+            await self._probed(started)
+        except (RateLimited, Unavailable):
+            return False
+        except (AuthenticationFailed, QuotaExhausted, Stopped):
+            raise
+        except (ProviderError, BadAnswer) as again:
+            if isinstance(again, Malformed) and self._last_good:
+                return False  # it did better before
+            raise ProviderError(
+                f"the provider fails on every text: {_said(error)} (on a plain English sentence too: {type(again).__name__}). Mend the "
+                "settings, then run the same command again; what was committed is kept"
+            ) from None
+        self.good()
+        return True
+
+    async def _probed(self, since: float) -> None:
+        """Send a plain sentence: one for all requests that were on their way together."""
+        if self._probing is None or (self._probing.done() and self._probed_at <= since):
+            self._probed_at = time.monotonic()
+            self._probing = asyncio.create_task(self._probe())
+        await asyncio.shield(self._probing)
+
+    def _later(self, group: Group, error: Exception) -> None:
+        """Send a request again after a while, which is longer after each failure. Raises when that has gone on for too long."""
+        self._wait_or_raise(error)
+        least, most = BACKOFF_S
+        wait_s = min(least * 2 ** (group.num_failures - 1), most) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+        asked_s = (isinstance(error, Unavailable) and error.wait_s) or 0.0
+        wait_s = max(wait_s, min(asked_s, self._manners.give_up_s / 2))
+        asyncio.get_running_loop().call_later(wait_s, self._send_again, group)
+
+    def _wait_or_raise(self, error: Exception) -> None:
+        now = time.monotonic()
+        self._trouble_since = self._trouble_since or now
+        if now - self._trouble_since > self._manners.give_up_s:
+            raise ProviderError(
+                f"the provider has answered nothing for {self._manners.give_up_s:g} s ({_said(error)}): what was committed is "
+                "kept; run the same command again when it is back"
+            )
+
+    def _split(self, group: Group, num_failures: int = 0) -> None:
+        for half in group.halves():
+            half.num_failures = num_failures
+            self._send_again(half)
+
+
+def _said(error: Exception) -> str:
+    """Return what an error says; no text is in it."""
+    return error.message if isinstance(error, ProviderError) else f"bad answer, {error}"
