@@ -74,3 +74,13 @@ def test_an_actor_must_fit_on_one_node():
         decide(config, [{"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 1}], 1000)
     assert decide(config, [{"CPU": 8, "GPU": 3}, {"CPU": 8, "GPU": 2}], 1000).max_actors == 2
     assert decide(load_config(source="in", output="out"), [{"CPU": 0}, {"CPU": 6}, {"CPU": 6}], 1000).max_actors == 2
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 16])
+@pytest.mark.parametrize("num_actors", [None, 1, 4, 40])
+def test_actors_that_ask_a_provider_leave_half_of_the_cpus(cpus, num_actors):
+    """One is enough for its limits; however many are asked for, readers and publishers find a slot."""
+    got = chosen({"CPU": cpus, "GPU": 4}, model="openai:text-embedding-3-small", num_actors=num_actors)
+    assert (got.max_actors, got.min_actors, got.num_gpus, got.kind) == (num_actors or 1, num_actors or 1, 0, "API")
+    assert 0 < got.num_cpus * got.max_actors <= cpus / 2
+    assert got.parcels_inside > 3

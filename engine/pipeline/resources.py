@@ -69,7 +69,7 @@ def decide(config: JobConfig, nodes: Sequence[Mapping[str, float]], num_parcels:
     """
     needs = registry.model_class(config.of_model()).needs(config)
     if not needs.has_device:
-        return _without_device(config, needs)
+        return _without_device(config, needs, sum(node.get("CPU", 0.0) for node in nodes), num_parcels)
     wants_gpu = config.gpus_per_actor is not None or config.device.startswith("cuda")
     gpus = [node.get("GPU", 0.0) for node in nodes]
     cpus = [node.get("CPU", 0.0) for node in nodes]
@@ -96,10 +96,16 @@ def decide(config: JobConfig, nodes: Sequence[Mapping[str, float]], num_parcels:
     return Resources(num_cpus, num_gpus, num_threads, min(least, most), most, needs.parcels_inside)
 
 
-def _without_device(config: JobConfig, needs: Needs) -> Resources:
-    """Actors that wait for a network need next to nothing, and more of them bring nothing: the limits are the provider's."""
+def _without_device(config: JobConfig, needs: Needs, cpus: float, num_parcels: int) -> Resources:
+    """
+    Actors that wait for a network need next to nothing, and more of them bring nothing: the limits are the provider's.
+
+    However many are asked for, half of the cluster is left for readers and publishers, without which they would wait for ever.
+    """
     most = config.num_actors or needs.actors or 1
-    return Resources(WAITING_CPUS, 0.0, 0, min(config.min_actors or most, most), most, needs.parcels_inside)
+    num_cpus = min(WAITING_CPUS, max(cpus, 1.0) / 2 / most)
+    least = config.min_actors or min(most, max(num_parcels, 1))
+    return Resources(num_cpus, 0.0, 0, min(least, most), most, needs.parcels_inside)
 
 
 def _actors_on_gpus(gpus: float, share: float) -> int:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from engine.models.api.budget import BudgetPort
     from engine.models.api.manners import Manners
     from engine.models.api.orders import Order
-    from engine.models.base import Vectors
+    from engine.models.base import Embeddings, Vectors
 
 logger = logging.getLogger(__name__)
 
@@ -78,10 +78,13 @@ class Dispatcher:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._recovery.close()
 
-    async def probe(self) -> int:
-        """Embed a plain sentence; return the dimension of its vector. Raises what the provider answers."""
+    async def probe(self, usage: Embeddings | None = None) -> int:
+        """Embed a plain sentence on the bill of `usage`; return the dimension of its vector. Raises what the provider answers."""
         grant = await self.budget.acquire(len(PROBE))
         reply = await self._attempt([PROBE], grant)
+        if usage is not None:
+            usage.num_requests += 1
+            usage.num_tokens += reply.num_tokens or 0
         self._check(reply, 1)
         if not self._are_good(reply.vectors).all():
             raise BadAnswer(NOT_USABLE)

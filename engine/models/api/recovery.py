@@ -26,6 +26,7 @@ from engine.models.base import MAX_REASON_CHARACTERS, BadAnswer
 
 if TYPE_CHECKING:
     from engine.models.api.manners import Manners
+    from engine.models.base import Embeddings
 
 BACKOFF_S = (0.5, 30.0)
 """Before a request is sent again to a provider that fails: at first, and at most; doubled each time, and spread at random."""
@@ -41,14 +42,14 @@ class Recovery:
     Args:
         manners: How requests are made.
         send_again: Takes a request that is to be sent once more.
-        probe: Embeds a plain sentence, or raises what the provider answers.
+        probe: Embeds a plain sentence on a bill, or raises what the provider answers.
     """
 
     def __init__(
         self,
         manners: Manners,
         send_again: Callable[[Group], None],
-        probe: Callable[[], Coroutine[Any, Any, int]],
+        probe: Callable[[Embeddings], Coroutine[Any, Any, int]],
     ) -> None:
         self.max_inputs = manners.max_inputs
         self.max_weight = manners.max_weight
@@ -94,7 +95,7 @@ class Recovery:
 
     async def _failed_for_now(self, group: Group, error: Unavailable, started: float) -> None:
         """Wait, and send again; where others are answered meanwhile, again and again, find the text that is at fault."""
-        if group.num_failures < FAILURES_TO_SPLIT or not await self._make_sure(error, started, started):
+        if group.num_failures < FAILURES_TO_SPLIT or not await self._make_sure(group, error, started, started):
             self._later(group, error)
         elif len(group.pieces) > 1:
             self._split(group, num_failures=FAILURES_TO_SPLIT - 1)  # once is enough for each half
@@ -122,7 +123,7 @@ class Recovery:
     async def _failed_for_a_text(self, group: Group, error: Exception, since: float, started: float) -> None:
         """Find the text by halving, and reject it alone: but only where others pass."""
         is_alone = len(group.pieces) == 1
-        if not await self._make_sure(error, started if is_alone else since, started):
+        if not await self._make_sure(group, error, started if is_alone else since, started):
             self._later(group, error)
         elif is_alone:
             self._reject(group.pieces[0], error)
@@ -133,7 +134,7 @@ class Recovery:
         reason = error.message if isinstance(error, ProviderError) else f"the provider's answer is bad: {error}"
         piece.order.reject(piece.text_number, reason[:MAX_REASON_CHARACTERS])
 
-    async def _make_sure(self, error: Exception, since: float, started: float) -> bool:
+    async def _make_sure(self, group: Group, error: Exception, since: float, started: float) -> bool:
         """
         Say whether others pass: one did since then, or a plain sentence does now. Where not even this is known, only time can tell.
 
@@ -143,7 +144,7 @@ class Recovery:
         if self._last_good > since:
             return True
         try:
-            await self._probed(started)
+            await self._probed(group, started)
         except (RateLimited, Unavailable):
             return False
         except (AuthenticationFailed, QuotaExhausted, Stopped):
@@ -158,11 +159,11 @@ class Recovery:
         self.good()
         return True
 
-    async def _probed(self, since: float) -> None:
+    async def _probed(self, group: Group, since: float) -> None:
         """Send a plain sentence: one for all requests that were on their way together."""
         if self._probing is None or (self._probing.done() and self._probed_at <= since):
             self._probed_at = time.monotonic()
-            self._probing = asyncio.create_task(self._probe())
+            self._probing = asyncio.create_task(self._probe(group.pieces[0].order.usage))
         await asyncio.shield(self._probing)
 
     def _later(self, group: Group, error: Exception) -> None:
