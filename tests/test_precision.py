@@ -18,7 +18,7 @@ from tests.tiny_models import PACKAGED, cosines, packed, sample
 
 LEAST = {"float32": 0.99999, "bfloat16": 0.9995, "float16": 0.9995}
 BACKENDS = ["torch", "openvino"]
-FEW = 64
+FEW = 32
 """Texts of each kind, where a CPU is slow: torch has no kernels for float16 on most of them."""
 
 
@@ -62,7 +62,7 @@ def vectors_of(backend: str, dtype: str, some: list[str], batch_tokens: int | No
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("batch_tokens", "count"), [(1, 144), (64, 288), (512, 576), (4096, 288)])
+@pytest.mark.parametrize(("batch_tokens", "count"), [(1, 36), (64, 144), (512, 288), (4096, 144)])
 def test_float32_is_the_library_s_whatever_the_budget(backend, batch_tokens, count):
     """Padding, and how many texts share a batch, leave no trace; under a budget of 1 each text is alone."""
     found = vectors_of(backend, "float32", texts()[:count], batch_tokens)
@@ -80,7 +80,7 @@ def test_float32_is_the_library_s_whatever_the_neighbours(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("dtype", "count"), [("bfloat16", 576), ("float16", FEW)])
+@pytest.mark.parametrize(("dtype", "count"), [("bfloat16", 192), ("float16", FEW)])
 def test_sixteen_bits_keep_their_promise(backend, dtype, count):
     """Half the width, and at least this close to float32."""
     found = vectors_of_first(backend, dtype, count)
