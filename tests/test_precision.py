@@ -24,8 +24,8 @@ FEW = 32
 
 @cache
 def texts() -> list[str]:
-    """Return 512 messages and 64 conversations, in no order of length."""
-    both = [*sample("messages", 512), *sample("conversations", 64)]
+    """Return 160 messages and 32 conversations, in no order of length."""
+    both = [*sample("messages", 160), *sample("conversations", 32)]
     return random.Random(0).sample(both, len(both))
 
 
@@ -62,7 +62,7 @@ def vectors_of(backend: str, dtype: str, some: list[str], batch_tokens: int | No
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("batch_tokens", "count"), [(1, 36), (64, 144), (512, 288), (4096, 144)])
+@pytest.mark.parametrize(("batch_tokens", "count"), [(1, 36), (64, 96), (512, 192), (4096, 192)])
 def test_float32_is_the_library_s_whatever_the_budget(backend, batch_tokens, count):
     """Padding, and how many texts share a batch, leave no trace; under a budget of 1 each text is alone."""
     found = vectors_of(backend, "float32", texts()[:count], batch_tokens)
@@ -94,10 +94,10 @@ def test_sixteen_bits_do_not_depend_on_the_batches_either(backend):
     """They round in another way where a batch has another shape, and keep their promise to each other too."""
     other = vectors_of(backend, "bfloat16", texts()[:192], 64)
     assert cosines(other, expected()[:192]).min() >= LEAST["bfloat16"]
-    assert cosines(other, vectors_of_first(backend, "bfloat16", 576)[:192]).min() >= LEAST["bfloat16"]
+    assert cosines(other, vectors_of_first(backend, "bfloat16", 192)[:192]).min() >= LEAST["bfloat16"]
 
 
-@pytest.mark.parametrize(("dtype", "count"), [("float32", 144), ("bfloat16", 576), ("float16", FEW)])
+@pytest.mark.parametrize(("dtype", "count"), [("float32", 144), ("bfloat16", 192), ("float16", FEW)])
 def test_backends_are_as_close_to_each_other_as_to_the_library(dtype, count):
     """An output that one machine makes by PyTorch and another by OpenVINO is one output."""
     one, other = (vectors_of_first(backend, dtype, count) for backend in BACKENDS)
