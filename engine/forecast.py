@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 from engine.models import registry
@@ -17,7 +16,7 @@ from engine.models.api.tokens import weight
 from engine.planning import parcels
 from engine.results import Forecast
 from engine.sources import texts as text_checks
-from engine.sources.parquet import read_shards
+from engine.sources.parquet import read_files
 
 if TYPE_CHECKING:
     from engine.config import JobConfig
@@ -103,12 +102,7 @@ class _Request:
 
 def _texts(config: JobConfig, groups: Sequence[Sequence[Shard]]) -> Iterator[tuple[list[str], int]]:
     """Yield the texts of each group, and how many rows of it have none that can be embedded; each file is read once."""
-    shards = [shard for group in groups for shard in group]
-    tables = (
-        table
-        for _, of_file in groupby(shards, lambda shard: shard.file)
-        for table in read_shards(list(of_file), [config.text_column])
-    )
+    tables = read_files((shard for group in groups for shard in group), [config.text_column])
     for group in groups:
         texts: list[str] = []
         num_rejects = 0

@@ -65,7 +65,6 @@ class CohereEmbeddingModel(ApiEmbeddingModel):
         if not self._key:
             raise ConfigError("there is no API key: set CO_API_KEY in the environment of the workers, or give key_file")
         self._base_url = base_url
-        self.asked_dimension = dimensions
         self._dimension = dimensions
         self._wanted: dict[str, Any] = {
             "model": model_name,

@@ -85,7 +85,6 @@ class OpenAIEmbeddingModel(ApiEmbeddingModel):
             )
         self.terms = _terms(model_name, api_version)
         self._dimension = dimensions
-        self.asked_dimension = dimensions
         self._wanted = {"dimensions": dimensions} if dimensions else {}
         self._encoding = "base64"
         self._client: openai.AsyncOpenAI | None = None

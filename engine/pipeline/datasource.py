@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +12,7 @@ from ray.data.datasource import Datasource, ReadTask
 
 from engine.pipeline.parcel import Item, pack
 from engine.schema import Shard
-from engine.sources.parquet import read_shards
+from engine.sources.parquet import read_files
 
 MAX_READ_TASKS = 1000
 """Each costs the driver about 50 KB for as long as the run lasts, so large jobs have more parcels in each, not more tasks."""
@@ -77,9 +76,6 @@ def passes(parcels: Sequence[Parcel], most: int) -> Iterator[list[Parcel]]:
 
 def _read(parcels: Sequence[Parcel], columns: Sequence[str]) -> Iterator[pa.Table]:
     """Read each file once, from its first pending shard to its last, and yield parcels as they fill."""
-    shards = [shard for parcel in parcels for shard in parcel]
-    tables = (
-        table for _, group in groupby(shards, lambda shard: shard.file) for table in read_shards(list(group), columns)
-    )
+    tables = read_files((shard for parcel in parcels for shard in parcel), columns)
     for parcel in parcels:
         yield pack([Item(shard, next(tables)) for shard in parcel])

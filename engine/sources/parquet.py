@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
@@ -78,6 +79,12 @@ def read_shards(shards: Sequence[Shard], columns: Sequence[str]) -> Iterator[pa.
             check_unchanged(file)
             rows = np.arange(shard.start, shard.stop, dtype=np.int64)
             yield table.append_column(SOURCE_ROW, pa.array(rows))
+
+
+def read_files(shards: Iterable[Shard], columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Read shards of several files as `read_shards` does, each file once, from its first shard here to its last."""
+    for _, of_file in groupby(shards, lambda shard: shard.file):
+        yield from read_shards(list(of_file), columns)
 
 
 def _open(file: InputFile) -> pq.ParquetFile:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import time
 from collections import deque
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from engine.models.api.manners import Manners
     from engine.models.api.orders import Order
     from engine.models.base import Embeddings, Vectors
-
-logger = logging.getLogger(__name__)
 
 UNIT_TOLERANCE = 1e-2
 """Of the length of a vector whose model's vectors have length 1."""

@@ -61,8 +61,6 @@ class ApiEmbeddingModel(BaseEmbeddingModel):
             "prompt", "request_timeout_s", "give_up_s", "token_price",
         }
     )  # fmt: skip
-    asked_dimension: int | None = None
-    """Of the vectors, if one was asked for: a server that does not know how to give it is not to be believed."""
     device = "API"
     max_shard_rows = 2048
     max_shard_bytes = 1_200_000
@@ -231,8 +229,9 @@ class ApiEmbeddingModel(BaseEmbeddingModel):
                 counter=self.terms.counter,
             )
             self._dispatcher = Dispatcher(self.request, manners, self._budget)
-            self._dispatcher.dimension = self.asked_dimension
-            self._dispatcher.dimension = self._dimension  # that was asked for, if any was
+            self._dispatcher.dimension = (
+                self._dimension
+            )  # that was asked for: a server that gives another is not to be believed
         return self._dispatcher
 
     async def _closed(self) -> None:
