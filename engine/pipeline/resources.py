@@ -33,7 +33,7 @@ class Resources:
     """Of the model; 0 leaves them as they are, on GPUs."""
     min_actors: int
     max_actors: int
-    parcels_inside: int = 3
+    parcels_inside: int
     """Of an actor, at once."""
 
     @property

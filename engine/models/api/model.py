@@ -229,9 +229,8 @@ class ApiEmbeddingModel(BaseEmbeddingModel):
                 counter=self.terms.counter,
             )
             self._dispatcher = Dispatcher(self.request, manners, self._budget)
-            self._dispatcher.dimension = (
-                self._dimension
-            )  # that was asked for: a server that gives another is not to be believed
+            # That was asked for, if any was: a server that gives another is not to be believed.
+            self._dispatcher.dimension = self._dimension
         return self._dispatcher
 
     async def _closed(self) -> None:
