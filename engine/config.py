@@ -207,6 +207,15 @@ class JobConfig(ModelConfig):
         None, gt=0, description="dollars; stop before all runs of the output together have cost more"
     )
     max_rejects: int | None = Field(None, ge=0, description="exit with 5 if more rows than this are rejected")
+    if_in_use: Literal["refuse", "wait", "take-over"] = Field(
+        "refuse", description="what to do if a live run owns the output; take-over ends that one cleanly"
+    )
+    stall_s: float | None = Field(
+        None,
+        gt=0,
+        description="end the run when nothing has moved for so many seconds (default: half an hour while no node can hold an "
+        "actor, else four hours)",
+    )
     address: str | None = Field(
         None, description="address of a Ray cluster; by default a running one is joined, or a local one started"
     )

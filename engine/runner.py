@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
+from engine import history, lease
 from engine.errors import ConfigError, CorruptOutput, EngineError, SourceError, Stopped
 from engine.models import registry
 from engine.models.api.prices import MILLION, price_of
@@ -20,6 +21,8 @@ from engine.tally import ASKED, Tally
 
 if TYPE_CHECKING:
     from engine.config import JobConfig
+    from engine.history import Entry
+    from engine.lease import Lease
     from engine.pipeline.budget import Shared
     from engine.pipeline.resources import Resources
     from engine.pipeline.stream import Stream
@@ -69,7 +72,8 @@ def run(config: JobConfig, on_event: OnEvent | None = None) -> RunResult:
 
     Raises:
         ConfigError: The config, an input or the cluster does not fit; nothing but job.json is written then.
-        Refused: The output is another job's, or an input is no longer what was committed; nothing was touched.
+        Refused: The output is another job's, or an input is no longer what was committed; nothing was touched. Or a live run owns
+            the output, or has taken it over.
         ProviderError: The model fails whatever the text.
     """
     tally = Tally()
@@ -77,16 +81,21 @@ def run(config: JobConfig, on_event: OnEvent | None = None) -> RunResult:
     max_tokens = _max_tokens(asked)
     if asked.ledger.claim(asked.job) != asked.job:
         asked = survey(config)  # another driver was first, and its cuts hold
-    asked.ledger.storage.collect_staging()
-    for shard_id in asked.standing.missing:
-        asked.ledger.forget(shard_id)
-    tally.done_before_rows = asked.standing.plan.done_rows
-    if _adopt(asked, tally):
-        asked = survey(config)
-    if asked.standing.plan.pending:
-        _stream(asked, tally, on_event or (lambda _: None), max_tokens)
-    logger.info("embedding done: %d embeddings, %d rejects", tally.num_rows, tally.num_rejects)
-    return tally.result(asked)
+    storage = asked.ledger.storage
+    storage.collect_staging()
+    if not asked.standing.plan.pending:
+        tally.done_before_rows = asked.standing.plan.done_rows
+        return tally.result(asked)
+    with lease.held(storage, config.if_in_use) as owned, history.recorded(storage) as entry:
+        if owned.was_contested:
+            asked = survey(config)
+        asked = _repaired(asked, tally)
+        if asked.standing.plan.pending:
+            _stream(asked, tally, on_event or (lambda _: None), max_tokens, owned, entry)
+        logger.info("embedding done: %d embeddings, %d rejects", tally.num_rows, tally.num_rejects)
+        result = tally.result(asked)
+        entry.ended(result)
+    return result
 
 
 def status(output: str) -> StatusResult:
@@ -160,6 +169,14 @@ def _untold(problem: EngineError | None) -> str:
     return f"what is left to do cannot be told: {problem.message if problem else ''}"
 
 
+def _repaired(asked: Survey, tally: Tally) -> Survey:
+    """Put right what dead runs and careless hands left: records without a part, parts without a record."""
+    for shard_id in asked.standing.missing:
+        asked.ledger.forget(shard_id)
+    tally.done_before_rows = asked.standing.plan.done_rows
+    return survey(asked.config) if _adopt(asked, tally) else asked
+
+
 def _adopt(asked: Survey, tally: Tally) -> int:
     """Finish the commits of parts that a dead run left without a record; what cannot be read is set aside and made again."""
     shards = [shard for shard in asked.standing.plan.pending if shard.id in asked.standing.unrecorded]
@@ -190,15 +207,19 @@ def _max_tokens(asked: Survey) -> float | None:
     return (asked.config.max_cost - spent) / price * MILLION if price else None
 
 
-def _stream(asked: Survey, tally: Tally, on_event: OnEvent, max_tokens: float | None) -> None:
+def _stream(
+    asked: Survey, tally: Tally, on_event: OnEvent, max_tokens: float | None, owned: Lease, entry: Entry
+) -> None:
     """Send the pending shards through Ray, and count their receipts until they are all in or somebody interrupts."""
     from engine.pipeline import cluster, resources
 
     todo = asked.standing.plan
     groups = list(parcels(todo.pending, todo.shard_rows))
     on_event(RunPlanned(todo.pending_rows, len(todo.pending), todo.num_rows, asked.ledger.root))
-    with _interruptible(tally), cluster.connected(asked.config.address), _sigterm_interrupts():
-        chosen = resources.decide(asked.config, cluster.capacity(), len(groups))
+    with _interruptible(tally, owned), cluster.connected(asked.config.address), _sigterm_interrupts():
+        nodes = cluster.capacity()
+        entry.cluster = cluster.summary(nodes)
+        chosen = resources.decide(asked.config, nodes, len(groups))
         tally.num_actors = chosen.max_actors
         logger.info("embedding started: %d texts in %d shards", todo.pending_rows, len(todo.pending))
         on_event(PoolStarted(chosen.max_actors, chosen.kind))
@@ -207,6 +228,7 @@ def _stream(asked: Survey, tally: Tally, on_event: OnEvent, max_tokens: float | 
             try:
                 with closing(_pipeline(asked, chosen, groups, budget).receipts()) as receipts:
                     for receipt in receipts:
+                        owned.check()
                         tally.add_streamed(receipt)
                         on_event(
                             ShardDone(receipt.num_rows, receipt.num_rejects, receipt.num_tokens, receipt.num_bytes)
@@ -256,15 +278,17 @@ def _pipeline(asked: Survey, chosen: Resources, groups: Sequence[tuple[Shard, ..
         price=price_of(config),
         budget=budget,
     )
-    return Stream(groups, work, asked.ledger, asked.job.fingerprint, chosen)
+    return Stream(groups, work, asked.ledger, asked.job.fingerprint, chosen, config.stall_s)
 
 
 @contextmanager
-def _interruptible(tally: Tally) -> Iterator[None]:
+def _interruptible(tally: Tally, owned: Lease) -> Iterator[None]:
     """End a run on Ctrl-C, a notebook's stop button or SIGTERM as on its last receipt: what is committed is committed."""
     try:
-        yield
+        with owned.interrupting():
+            yield
     except KeyboardInterrupt:
+        owned.check()
         tally.interrupted = True
 
 

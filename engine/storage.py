@@ -49,6 +49,12 @@ class Storage(Protocol):
     def rename(self, name: str, to: str) -> bool:
         """Move `name` to the unused name `to`; return False if `name` is gone."""
 
+    def replace(self, name: str, data: bytes) -> None:
+        """Put `data` under `name`, whole, whatever was there: for what may be lost, and is not part of a commit."""
+
+    def delete(self, name: str) -> None:
+        """Delete `name`, if it is there."""
+
     def collect_staging(self) -> int:
         """Delete what dead writers left behind; return how many files that was."""
 
@@ -118,6 +124,22 @@ class LocalStorage:
             _sync_folder(target.parent)
             _sync_folder(self._path(name).parent)
         return True
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Put `data` under `name`, whole, whatever was there: for what may be lost, and is not part of a commit."""
+        with _explained(self.root):
+            self._folder(self._path(name).parent)
+            staging = self._stage(data)
+            try:
+                staging.replace(self._path(name))
+            finally:
+                with suppress(FileNotFoundError):
+                    staging.unlink()
+
+    def delete(self, name: str) -> None:
+        """Delete `name`, if it is there."""
+        with _explained(self.root, "delete from"), suppress(FileNotFoundError):
+            self._path(name).unlink()
 
     def collect_staging(self) -> int:
         """Delete what dead writers left behind; return how many files that was."""

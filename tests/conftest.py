@@ -11,6 +11,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["RAY_AUTH_MODE"] = "disabled"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast ones first: those that start Ray go last; where several processes run tests, one of them has all of these."""
     items.sort(key=_starts_ray)

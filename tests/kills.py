@@ -59,8 +59,8 @@ class Job:
             expected |= {name: model.vector(text) for name, text in good.items()}
         return expected
 
-    def start(self) -> subprocess.Popen[bytes]:
-        """Start the command, always the same one."""
+    def start(self, *options: str) -> subprocess.Popen[bytes]:
+        """Start the command, always the same one but for options of who owns the output."""
         address = ["--address", self._address] if self._address else []
         return subprocess.Popen(
             [
@@ -73,16 +73,27 @@ class Job:
                     str(self.output),
                 ),
                 *("--model", "custom:tests.models.HashModel", "--model-args", json.dumps(self._model_args)),
-                *("--id-column", "id", "--shard-rows", "20", "--num-actors", "2", "--cpus-per-actor", "1", *address),
+                *(
+                    "--id-column",
+                    "id",
+                    "--shard-rows",
+                    "20",
+                    "--num-actors",
+                    "2",
+                    "--cpus-per-actor",
+                    "1",
+                    *address,
+                    *options,
+                ),
             ],
             env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
 
-    def finish(self) -> None:
+    def finish(self, *options: str) -> None:
         """Run the command to its end."""
-        process = self.start()
+        process = self.start(*options)
         _, stderr = process.communicate(timeout=240)
         if process.returncode:
             raise AssertionError(f"exit code {process.returncode}:\n{stderr.decode()[-4000:]}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ import psutil
 import pytest
 import ray
 
+from engine.lease import LEASE
 from tests.kills import ACTOR, PUBLISHER, ROOT, Job, kill_worker
 
 pytestmark = pytest.mark.ray
@@ -85,16 +88,35 @@ def test_a_raylet_killed_ends_the_run_and_the_same_command_resumes(tmp_path):
 
 
 def test_two_drivers_at_once_end_with_every_row_once(job):
-    """Both do all they can, and both end well."""
-    processes = [job.start(), job.start()]
-    for process in processes:
+    """With the lease taken away from the first, both think that they own the output, do all they can, and end well."""
+    first = job.start()
+    job.wait_for_commits(1, first)
+    shutil.rmtree(job.output / LEASE)
+    second = job.start()
+    for process in (first, second):
         _, stderr = process.communicate(timeout=240)
         assert process.returncode == 0, stderr.decode()[-4000:]
     job.check()
 
 
+def test_a_run_is_refused_beside_a_live_one_and_may_take_its_place(address, tmp_path):
+    """The second says who owns the output, and touches nothing; a third takes over, and the first leaves with 3."""
+    job = Job(tmp_path, address, delay_s=1.0)
+    first = job.start()
+    job.wait_for_commits(1, first)
+    refused = job.start()
+    _, stderr = refused.communicate(timeout=60)
+    assert refused.returncode == 3
+    assert f"is in use by a run on {platform.node()} (process {first.pid}, ".encode() in stderr
+    job.finish("--if-in-use", "take-over")
+    _, stderr = first.communicate(timeout=60)
+    assert first.returncode == 3
+    assert b"was taken over by another run" in stderr
+    job.check()
+
+
 def test_a_driver_that_slept_through_another_run_doubles_nothing(job):
-    """SIGSTOP of a driver in the middle, another run to the end, SIGCONT: the sleeper finds all done."""
+    """SIGSTOP of a driver in the middle, another run to the end, SIGCONT: the sleeper finds all done, or that it was replaced."""
     sleeper = job.start()
     job.wait_for_commits(5, sleeper)
     sleeper.send_signal(signal.SIGSTOP)
@@ -103,5 +125,5 @@ def test_a_driver_that_slept_through_another_run_doubles_nothing(job):
     job.check()
     sleeper.send_signal(signal.SIGCONT)
     _, stderr = sleeper.communicate(timeout=240)
-    assert sleeper.returncode == 0, stderr.decode()[-4000:]
+    assert sleeper.returncode in (0, 3), stderr.decode()[-4000:]
     job.check()

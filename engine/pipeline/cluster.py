@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import ray
@@ -110,8 +110,8 @@ def translated() -> Iterator[None]:
             ) from error
         if isinstance(error, ExecutionTimeoutError):
             raise EngineError(
-                "no shard was finished for hours, and the run was given up; what was committed is kept. Do the actors fit on the "
-                "cluster's nodes? Ray's logs are in /tmp/ray/session_latest/logs"
+                "nothing moved for as long as --stall-s allows, and the run was given up; what was committed is kept, and the same "
+                f"command resumes. {_who_waits()} Ray's logs are in /tmp/ray/session_latest/logs"
             ) from error
         if isinstance(error, RayError):
             raise EngineError(
@@ -119,6 +119,16 @@ def translated() -> Iterator[None]:
                 "Its logs are in /tmp/ray/session_latest/logs"
             ) from error
         raise
+
+
+def _who_waits() -> str:
+    """Say what may be the matter with a run that stands still."""
+    try:
+        free = ray.available_resources()
+        has = ", ".join(f"{free.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
+        return f"Of {summary(capacity())}, {has} are free: do the actors fit on a node, or does the model hang?"
+    except Exception:  # Ray itself may be what stands still
+        return "Is the cluster well?"
 
 
 def _engine_error(error: BaseException | None) -> EngineError | None:
@@ -130,6 +140,13 @@ def _engine_error(error: BaseException | None) -> EngineError | None:
             return error
         error = getattr(error, "cause", None) or error.__cause__ or error.__context__
     return None
+
+
+def summary(nodes: Sequence[Mapping[str, float]]) -> str:
+    """Return what a cluster has, such as `3 nodes, 24 CPU, 4 GPU`."""
+    totals = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
+    has = "".join(f", {total:g} {kind}" for kind, total in totals.items() if total)
+    return f"{len(nodes)} node{'' if len(nodes) == 1 else 's'}{has}"
 
 
 def capacity() -> list[dict[str, float]]:

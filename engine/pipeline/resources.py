@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from engine.config import JobConfig
 from engine.errors import ConfigError
 from engine.models import registry
 from engine.models.base import Needs
+
+logger = logging.getLogger(__name__)
 
 LIGHT_CPUS = 0.06
 """Readers and publishers wait for disks. With a whole CPU each, they would stand still behind the actors, or the actors
@@ -35,6 +38,8 @@ class Resources:
     max_actors: int
     parcels_inside: int
     """Of an actor, at once."""
+    fits_now: bool = True
+    """Some node can hold an actor; else one has to be added."""
 
     @property
     def kind(self) -> str:
@@ -93,7 +98,12 @@ def decide(config: JobConfig, nodes: Sequence[Mapping[str, float]], num_parcels:
         )
     most = config.num_actors or room
     least = config.min_actors or min(most, max(room, 1), max(num_parcels, 1))
-    return Resources(num_cpus, num_gpus, num_threads, min(least, most), most, needs.parcels_inside)
+    if room < 1:
+        logger.warning(
+            "an actor needs %s, and the cluster's largest node has %s: waiting for a node that fits, until --stall-s",
+            need, has,
+        )  # fmt: skip
+    return Resources(num_cpus, num_gpus, num_threads, min(least, most), most, needs.parcels_inside, fits_now=room >= 1)
 
 
 def _without_device(config: JobConfig, needs: Needs, cpus: float, num_parcels: int) -> Resources:

@@ -20,8 +20,10 @@ from engine.pipeline.resources import LIGHT_CPUS, Resources
 from engine.pipeline.worker import EmbedWorker, Work
 from engine.schema import LEFT, Receipt
 
-NO_PROGRESS_S = 4 * 3600
+STALL_S = 4 * 3600
 """Ray's half an hour would end a run whose shards take a slow model longer than that, again and again."""
+NO_NODE_S = 1800
+"""The same while no node can hold an actor: an autoscaler that has not brought one by then is not going to."""
 MAX_CRASHES = 5
 """Of actors over one parcel. Ray's default is no limit, and a text that makes a library crash would be tried for ever."""
 PARCELS_WAITING = 1
@@ -41,6 +43,8 @@ class Stream:
     ledger: Ledger
     fingerprint: str
     resources: Resources
+    stall_s: float | None = None
+    """Without any progress, after which the run is given up; by default it depends on what the cluster has."""
 
     def receipts(self) -> Generator[Receipt]:
         """
@@ -53,7 +57,7 @@ class Stream:
         # A limit of one byte makes every row, which is a parcel, a block of its own.
         wanted = {
             "target_max_block_size": 1,
-            "execution_no_progress_timeout_s": NO_PROGRESS_S,
+            "execution_no_progress_timeout_s": self.stall_s or (STALL_S if self.resources.fits_now else NO_NODE_S),
             "autoscaling_config": AutoscalingConfig(actor_pool_util_upscaling_threshold=POOL_GROWS_AT),
         }
         with cluster.settings(**wanted), cluster.translated():

@@ -1,0 +1,174 @@
+"""Which run owns an output: who is refused, who waits, who takes over, and what a dead holder costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import asdict, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import psutil
+import pytest
+
+from engine import lease
+from engine.errors import OutputInUse
+from engine.lease import LEASE, Holder, Lease, held
+from engine.storage import LocalStorage
+from tests.builders import PROCESSES, Started
+from tests.kills import wait_until
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> LocalStorage:
+    return LocalStorage(str(tmp_path))
+
+
+@pytest.fixture
+def elsewhere(storage):
+    """A holder on another machine, with epoch 1."""
+    holder = replace(Holder.me(), host="far-away", place="another boot of another machine")
+    storage.create(f"{LEASE}/00000001.json", json.dumps(asdict(holder)).encode())
+    storage.replace(f"{LEASE}/00000001.beat", b"1")
+    return holder
+
+
+def hold(root: str, line: Connection) -> None:
+    with held(LocalStorage(root), "refuse"):
+        line.send("taken")
+        line.poll(60)
+
+
+def hold_once(root: str) -> bool:
+    try:
+        with held(LocalStorage(root), "refuse"):
+            time.sleep(0.3)
+    except OutputInUse:
+        return False
+    return True
+
+
+@pytest.fixture
+def other(storage):
+    """A live process that holds the output, and the line to end it by."""
+    line, theirs = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=hold, args=(storage.root, theirs))
+    process.start()
+    assert line.poll(60)
+    yield process, line
+    process.kill()
+    process.join(60)
+
+
+def test_beside_a_live_run_another_one_is_refused_and_told_who_it_is(storage, other):
+    """Host, process and since when, and what can be done."""
+    process, _ = other
+    with pytest.raises(OutputInUse, match=rf"process {process.pid}, since 20.*--if-in-use wait, or take-over"):  # noqa: SIM117
+        with held(storage, "refuse"):
+            pass
+
+
+def test_a_run_that_waits_begins_when_the_other_has_left(storage, other):
+    """And knows that the output has changed meanwhile."""
+    process, line = other
+    threading.Timer(1.0, line.send, ("leave",)).start()
+    with held(storage, "wait") as mine:
+        assert mine.was_contested
+    process.join(60)
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_dead_or_suspended_holder_on_this_machine_costs_no_wait(storage, other, monkeypatch, number):
+    """It is looked up among the processes: no beat is waited for."""
+    process, _ = other
+    monkeypatch.setattr(lease, "LOST_S", 1e9)
+    os.kill(process.pid, number)
+    wait_until(lambda: number == signal.SIGKILL or psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
+    if number == signal.SIGKILL:
+        process.join(60)
+    with held(storage, "refuse") as mine:
+        assert mine.epoch == 2
+
+
+def test_a_pid_that_is_used_again_is_not_the_holder(storage):
+    """A live process of that number that started at another time is somebody else."""
+    holder = replace(Holder.me(), process_started=1.0)
+    storage.create(f"{LEASE}/00000001.json", json.dumps(asdict(holder)).encode())
+    with held(storage, "refuse") as mine:
+        assert mine.epoch == 2
+
+
+def test_a_holder_elsewhere_is_dead_when_its_beat_stands_still(storage, elsewhere, monkeypatch):
+    """By the clock of who watches: what the holder's clock said is never looked at."""
+    monkeypatch.setattr(lease, "LOST_S", 1.5)
+    with held(storage, "refuse") as mine:
+        assert mine.epoch == 2
+
+
+def test_a_holder_elsewhere_that_beats_is_live(storage, elsewhere):
+    """One beat that is seen is enough."""
+    threading.Timer(1.2, storage.replace, (f"{LEASE}/00000001.beat", b"2")).start()
+    with pytest.raises(OutputInUse, match="far-away"), held(storage, "refuse"):
+        pass
+
+
+def test_a_holder_elsewhere_that_leaves_while_it_is_watched_is_gone(storage, elsewhere):
+    """A new run begins at once."""
+    threading.Timer(1.2, storage.create, (f"{LEASE}/00000001.end", b"")).start()
+    with held(storage, "refuse") as mine:
+        assert mine.epoch == 2
+
+
+def start_inside(mine: Lease, other: threading.Thread) -> None:
+    with mine.interrupting():
+        other.start()
+        threading.Event().wait(60)
+
+
+def test_a_run_that_is_taken_over_is_interrupted_and_told(storage, monkeypatch):
+    """In the middle of whatever it waits for; the other one begins once it has left."""
+    monkeypatch.setattr(lease, "BEAT_S", 0.2)
+    done = threading.Event()
+
+    def take_over() -> None:
+        with held(LocalStorage(storage.root), "take-over") as mine:
+            assert mine.was_contested
+            done.set()
+
+    with held(storage, "refuse") as mine:
+        other = threading.Thread(target=take_over)
+        with pytest.raises(KeyboardInterrupt):
+            start_inside(mine, other)
+        assert not done.is_set()
+        with pytest.raises(OutputInUse, match="was taken over by another run"):
+            mine.check()
+    other.join(60)
+    assert done.is_set()
+
+
+def test_of_many_that_try_at_once_one_holds_the_output(storage):
+    """Whoever loses the race for an epoch looks again, and finds the winner."""
+    won = [started.result() for started in [Started(hold_once, storage.root) for _ in range(6)]]
+    assert won.count(True) >= 1
+    epochs = {path.name.partition(".")[0] for path in Path(storage.root, LEASE).iterdir()}
+    assert len(epochs) <= 2
+
+
+def test_what_former_runs_left_is_cleaned_up(storage):
+    """Ten runs leave the files of two."""
+    for number in range(10):
+        with held(storage, "refuse") as mine:
+            assert mine.epoch == number + 1
+            assert not mine.was_contested
+    assert {path.name.partition(".")[0] for path in Path(storage.root, LEASE).iterdir()} == {"00000009", "00000010"}
+
+
+def test_a_lease_that_cannot_be_read_is_nobodys(storage):
+    """A torn or strange file does not lock an output for ever."""
+    storage.create(f"{LEASE}/00000001.json", b"{")
+    with held(storage, "refuse") as mine:
+        assert mine.epoch == 2
