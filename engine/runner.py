@@ -212,6 +212,7 @@ def _stream(
 ) -> None:
     """Send the pending shards through Ray, and count their receipts until they are all in or somebody interrupts."""
     from engine.pipeline import cluster, resources
+    from engine.pipeline.metrics import Metrics
 
     todo = asked.standing.plan
     groups = list(parcels(todo.pending, todo.shard_rows))
@@ -224,12 +225,14 @@ def _stream(
         logger.info("embedding started: %d texts in %d shards", todo.pending_rows, len(todo.pending))
         on_event(PoolStarted(chosen.max_actors, chosen.kind))
         tally.shards_at_risk = chosen.parcels_inside * chosen.max_actors
+        exported = Metrics(asked.config.model, asked.job.fingerprint, todo.pending_rows)
         with _budget(asked.config, chosen, max_tokens, tally) as budget:
             try:
                 with closing(_pipeline(asked, chosen, groups, budget).receipts()) as receipts:
                     for receipt in receipts:
                         owned.check()
                         tally.add_streamed(receipt)
+                        exported.add(receipt)
                         on_event(
                             ShardDone(receipt.num_rows, receipt.num_rejects, receipt.num_tokens, receipt.num_bytes)
                         )
