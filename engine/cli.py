@@ -28,7 +28,7 @@ from engine.config import load_config
 from engine.errors import ConfigError, EngineError, ProviderError
 from engine.options import given, job_options
 from engine.streams import without_core_notices
-from engine.terminal import show_plan, show_run, show_status, show_verify
+from engine.terminal import show, show_verify
 from engine.version import __version__
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _plan(
 ) -> None:
     with _reporting(verbose, debug):
         result = runner.plan(load_config(config, **given(options)))
-    _print(result, as_json, show_plan)
+    _print(result, as_json, show)
 
 
 @app.command(
@@ -137,7 +137,7 @@ def _run(
     job = load_config(config, **given(options))
     with _reporting(verbose, debug) as console, Progress(console) as shown:
         result = runner.run(job, on_event=shown)
-    _print(result, as_json, show_run)
+    _print(result, as_json, show)
     context.obj.exit_code = _exit_code_of(result, job)
 
 
@@ -145,7 +145,7 @@ def _run(
 def _status(output: Output, as_json: Json = False, verbose: Verbose = False, debug: Debug = False) -> None:
     with _reporting(verbose, debug):
         result = runner.status(output)
-    _print(result, as_json, show_status)
+    _print(result, as_json, show)
 
 
 @app.command(

@@ -12,7 +12,8 @@ from rich.progress import Progress as Bar
 from rich.table import Column
 from rich.text import Text
 
-from engine.results import PoolStarted, RunPlanned, ShardDone
+from engine.events import PoolStarted, RunPlanned, ShardDone
+from engine.wording import duration
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -166,18 +167,6 @@ def facts(meter: Meter) -> str:
     if meter.left_s is not None and meter.rows < meter.pending_rows:
         said.append(f"{duration(meter.left_s)} left")
     return "  ".join(said)
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as people say them: 9 s, 2:05 min, 3:10 h, 4 d 2 h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02} min"
-    if whole < 86400:
-        return f"{whole // 3600}:{whole % 3600 // 60:02} h"
-    return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
 def _rounded(rate: float) -> str:

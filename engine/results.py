@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from html import escape
 from typing import Any
+
+from engine.wording import count, dollars, duration, rejects, retries, size
 
 
 class Result:
-    """Gives every result the one form in which `--json` prints it."""
+    """Gives every result the forms in which it is shown: `--json`, a few aligned lines, a table in a notebook."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields as JSON types."""
         return asdict(self)  # type: ignore[call-overload,no-any-return] # every subclass is a dataclass
+
+    def lines(self) -> dict[str, str]:
+        """Return what a person reads of it, by label, the most wanted first."""
+        return {name: str(value) for name, value in self.as_json().items()}
+
+    def _repr_html_(self) -> str:
+        """Show the lines as a table: notebooks call this."""
+        rows = [
+            f"<tr><th style='text-align:left'>{escape(label)}</th><td style='text-align:left'>{escape(text)}</td></tr>"
+            for label, text in self.lines().items()
+        ]
+        notes = [f"<div>warning: {escape(text)}</div>" for text in getattr(self, "warnings", [])]
+        notes += [f"<div>problem: {escape(found.problem)}</div>" for found in getattr(self, "findings", [])]
+        return f"<table>{''.join(rows)}</table>{''.join(notes)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +51,22 @@ class Forecast(Result):
     """Dollars; None if nobody knows the price."""
     seconds: float | None
     """That the limits allow it to be done in; None if they were not given."""
+
+    def lines(self) -> dict[str, str]:
+        """Say what a provider will be asked for, and what it will take."""
+        kind = "" if self.is_exact else ", by an estimate"
+        tokens = f"{count(self.num_tokens, 'token')}{kind} in {count(self.num_texts, 'text')}"
+        lines = {
+            "tokens": tokens + (f"; {count(self.num_duplicates, 'duplicate')} not sent" if self.num_duplicates else "")
+        }
+        if self.num_long or self.num_rejects:
+            lines["texts"] = f"{count(self.num_long, 'text')} too long, {count(self.num_rejects, 'row')} to reject"
+        asked = [count(self.num_requests, "request")]
+        if self.cost is not None:
+            asked.append(dollars(self.cost))
+        if self.seconds is not None:
+            asked.append(f"{duration(self.seconds)} at the limits given")
+        return lines | {"provider": ", ".join(asked)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +92,23 @@ class PlanResult(Result):
     forecast: Forecast | None = None
     """Of what a provider will be asked for; None for models that run here."""
 
+    def lines(self) -> dict[str, str]:
+        """Say what a run would do."""
+        left = "nothing"
+        if self.pending_shards:
+            left = (
+                f"{count(self.pending_rows, 'row')} in {count(self.pending_shards, 'shard')} of "
+                f"{count(self.pending_files, 'file')}, about {size(self.pending_bytes)} of text"
+            )
+        return {
+            "to do": left,
+            "done": f"{self.done_rows:,} of {count(self.num_rows, 'row')}, {self.done_shards:,} of {count(self.num_shards, 'shard')}",
+            "source": f"{count(self.num_files, 'file')}, cut into shards of about {count(self.shard_rows, 'row')}",
+            **(self.forecast.lines() if self.forecast else {}),
+            "model": self.model,
+            "output": self.output,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class ProviderUse(Result):
@@ -82,6 +132,29 @@ class ProviderUse(Result):
     tokens_at_risk: int | None = None
     """That a crash would have made to be paid again, at most: of the shards in flight."""
     cost_at_risk: float | None = None
+
+    def lines(self) -> dict[str, str]:
+        """Say what a provider was asked, what it took, and what a crash would have lost."""
+        lines = {
+            "provider": f"{count(self.num_requests, 'request')}, {count(self.num_refusals, 'refusal')}, "
+            f"{retries(self.num_retries)}{f', {dollars(self.cost)}' if self.cost is not None else ''}"
+        }
+        if self.tokens_per_minute is not None:
+            limit = "no limit known"
+            if self.tokens_per_minute_limit:
+                share = self.tokens_per_minute / self.tokens_per_minute_limit
+                limit = f"{share:.0%} of the {self.tokens_per_minute_limit:,.0f} that are allowed"
+            elif self.requests_per_minute_limit:
+                limit = f"{self.requests_per_minute_limit:,.0f} requests are allowed"
+            lines["rate"] = f"{self.tokens_per_minute:,.0f} tokens/min, {limit}"
+        if self.num_duplicates or self.num_long:
+            lines["texts"] = (
+                f"{count(self.num_duplicates, 'duplicate')} not sent, {count(self.num_long, 'long text')} cut"
+            )
+        if self.tokens_at_risk:
+            cost = f" ({dollars(self.cost_at_risk)})" if self.cost_at_risk is not None else ""
+            lines["risk"] = f"a crash would have lost {count(self.tokens_at_risk, 'token')}{cost} at most"
+        return lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +197,29 @@ class RunResult(Result):
     """What a provider was asked; None for models that run here."""
     warnings: list[str] = field(default_factory=list)
 
+    def lines(self) -> dict[str, str]:
+        """Say what a run did, and what is left."""
+        lines = {}
+        if self.num_shards:
+            tokens = f", {count(self.num_tokens, 'token')}" if self.num_tokens else ""
+            lines["embedded"] = f"{count(self.num_rows, 'row')}{tokens} in {count(self.num_shards, 'shard')}"
+            lines["rejected"] = rejects(self.num_rejects, self.reasons)
+            lines["speed"] = (
+                f"{self.rows_per_s:,.1f} rows/s on {self.num_actors} x {self.device or 'custom model'}"
+                f"{f' with {self.backend}' if self.backend else ''}; "
+                f"{duration(self.seconds)} in all, {duration(self.start_s)} of them to the first shard"
+            )
+            if self.device_idle_share is not None:
+                padding = "" if self.padding_share is None else f", {self.padding_share:.1%} of its work was padding"
+                lines["device"] = f"waited {self.device_idle_share:.1%} of the time{padding}"
+        if self.provider is not None:
+            lines |= self.provider.lines()
+        if self.done_before_rows:
+            lines["before"] = f"{count(self.done_before_rows, 'row')} were done already"
+        lines["left"] = count(self.pending_rows, "row") if self.pending_rows else "nothing"
+        lines["output"] = f"{self.output}/data/*.parquet"
+        return lines
+
 
 @dataclass(frozen=True, slots=True)
 class StatusResult(Result):
@@ -149,6 +245,22 @@ class StatusResult(Result):
     warnings: list[str] = field(default_factory=list)
     provider: ProviderUse | None = None
     """What a provider was asked in all runs; None for models that run here."""
+
+    def lines(self) -> dict[str, str]:
+        """Say where an output stands."""
+        left = "cannot be told" if self.pending_rows is None else "nothing"
+        if self.pending_rows:
+            left = f"{count(self.pending_rows, 'row')} in {count(self.pending_shards or 0, 'shard')}"
+        return {
+            "left": left,
+            "embedded": f"{count(self.num_rows, 'row')} in {count(self.num_shards, 'shard')}",
+            "rejected": rejects(self.num_rejects, self.reasons),
+            "vectors": f"{self.dimension} dimensions, {size(self.num_bytes)}",
+            "took": f"{count(self.num_tokens, 'token')}, {duration(self.embed_s)} of model time",
+            **(self.provider.lines() if self.provider else {}),
+            "model": self.model,
+            "output": f"{self.output}, begun {self.created_at}",
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,30 +298,15 @@ class VerifyResult(Result):
         """Return the fields as JSON types, and `ok`."""
         return asdict(self) | {"ok": self.ok}
 
-
-@dataclass(frozen=True, slots=True)
-class RunPlanned:
-    """Event: it is known what is left to do; Ray is joined or started next."""
-
-    pending_rows: int
-    pending_shards: int
-    num_rows: int
-    output: str
-
-
-@dataclass(frozen=True, slots=True)
-class PoolStarted:
-    """Event: the actors begin to load the model."""
-
-    num_actors: int
-    device: str
-
-
-@dataclass(frozen=True, slots=True)
-class ShardDone:
-    """Event: a shard is committed."""
-
-    num_rows: int
-    num_rejects: int
-    num_tokens: int
-    num_bytes: int
+    def lines(self) -> dict[str, str]:
+        """Say whether an output is right, and what is wrong with it and what to do."""
+        verdict = "good" if self.ok else f"{count(len(self.findings), 'problem')} found"
+        lines = {
+            "verdict": f"{verdict}, at level {self.level}",
+            "looked at": f"{count(self.num_rows, 'row')} and {count(self.num_rejects, 'reject')} in {count(self.num_shards, 'shard')}",
+        }
+        if self.lowest_cosine is not None:
+            lines["again"] = f"lowest cosine of vectors made again: {self.lowest_cosine:.6f}"
+        if self.set_aside:
+            lines["moved"] = f"{count(len(self.set_aside), 'file')} to {self.output}/_engine/set-aside"
+        return lines

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from engine import history, lease
 from engine.errors import ConfigError, CorruptOutput, EngineError, SourceError, Stopped
+from engine.events import PoolStarted, RunPlanned, ShardDone
 from engine.models import registry
 from engine.models.api.prices import MILLION, price_of
 from engine.planning import parcels
-from engine.results import Finding, PlanResult, PoolStarted, ProviderUse, RunPlanned, RunResult, ShardDone, StatusResult
+from engine.results import Finding, PlanResult, ProviderUse, RunResult, StatusResult
 from engine.survey import resurvey, survey
 from engine.tally import ASKED, Tally
 

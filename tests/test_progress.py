@@ -8,8 +8,9 @@ import re
 import pytest
 from rich.console import Console
 
-from engine.progress import Meter, Progress, duration
-from engine.results import PoolStarted, RunPlanned, ShardDone
+from engine.events import PoolStarted, RunPlanned, ShardDone
+from engine.progress import Meter, Progress
+from engine.wording import duration
 
 
 @pytest.fixture
