@@ -14,7 +14,15 @@ import pytest
 import ray
 
 import engine
-from engine.errors import ConfigError, FingerprintMismatch, ProviderError, Refused, SourceChanged, SourceError
+from engine.errors import (
+    ConfigError,
+    EngineError,
+    FingerprintMismatch,
+    ProviderError,
+    Refused,
+    SourceChanged,
+    SourceError,
+)
 from tests.kills import wait_until
 from tests.models import HashModel
 
@@ -317,3 +325,26 @@ def test_bad_input_is_one_message_and_writes_nothing(texts, tmp_path, options, e
         run(texts, tmp_path / "out", **options)
     assert caught.value.exit_code == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_a_job_that_no_node_can_hold_says_so_and_ends(texts, tmp_path, caplog):
+    """Instead of a wait without end: a warning at once, and an error that says what is free after --stall-s."""
+    with pytest.raises(EngineError, match=r"nothing moved for as long as --stall-s allows.*4 GPU are free"):
+        run(texts, tmp_path / "out", gpus_per_actor=8, num_actors=1, stall_s=3)
+    assert (
+        "an actor needs 8 GPU, and the cluster's largest node has 4 GPUs: waiting for a node that fits" in caplog.text
+    )
+    summary = json.loads(next((tmp_path / "out/_engine/runs").iterdir()).read_text())
+    assert (summary["outcome"], summary["error"], summary["cluster"]) == (
+        "failed",
+        "EngineError",
+        "1 node, 2 CPU, 4 GPU",
+    )
+    result = run(texts, tmp_path / "out")
+    assert result.pending_rows == 0
+    outcomes = [json.loads(path.read_text()) for path in sorted((tmp_path / "out/_engine/runs").iterdir())]
+    assert [entry["outcome"] for entry in outcomes] == ["failed", "done"]
+    assert outcomes[1]["result"]["num_rows"] == result.num_rows
+    assert {"engine", "python", "ray"} <= outcomes[1]["versions"].keys()
+    run(texts, tmp_path / "out")
+    assert len(list((tmp_path / "out/_engine/runs").iterdir())) == 2, "a run with nothing to do leaves no summary"
