@@ -49,6 +49,9 @@ LEAVING_S = 30.0
 SAME_START_S = 2.0
 """Two looks at when a process started may differ by this much: the machine's clock is set in between."""
 
+_held_here: set[tuple[str, int]] = set()
+"""Roots and epochs that this process holds: an interrupt may have ended a run of it before it could say that it has left."""
+
 IfInUse = Literal["refuse", "wait", "take-over"]
 
 
@@ -105,10 +108,12 @@ class Lease:
 
     def start(self) -> None:
         """Begin to beat."""
+        _held_here.add((self._storage.root, self.epoch))
         self._thread.start()
 
     def release(self) -> None:
         """Stop beating, and say that this run has left."""
+        _held_here.discard((self._storage.root, self.epoch))
         self._done.set()
         self._thread.join(BEAT_S)
         with suppress(EngineError):  # a full disk; the next run finds out by itself
@@ -219,7 +224,7 @@ def _is_live(storage: Storage, epoch: int, holder: Holder) -> bool:
     """Say whether a holder lives: at once on its machine, elsewhere by its beat, for which it has to be watched."""
     is_running = holder.is_running()
     if is_running is not None:
-        return is_running
+        return is_running and (holder.pid != os.getpid() or (storage.root, epoch) in _held_here)
     first = _read(storage, _name(epoch, "beat"))
     ends = time.monotonic() + LOST_S
     while time.monotonic() < ends:

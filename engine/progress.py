@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from html import escape
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.progress import Progress as Bar
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 WINDOW = 32
 """Shards over which a rate is taken: as many as smooth it, few enough to follow a pool that grows."""
 SAME_MOMENT_S = 0.5
+CELL_EVERY_S = 0.5
 FIRST_MINUTE_S = 60.0
 LINE_EVERY_S = (10.0, 60.0)
 """Between two plain lines: in the first minute, and later. A day's log has some 1,500 of them."""
@@ -92,7 +94,8 @@ class Progress:
         self._meter = Meter()
         self._next_line = 0.0
         self._bar: Bar | None = None
-        if console.is_terminal or console.is_jupyter:
+        self._cell = Cell() if console.is_jupyter else None
+        if console.is_terminal and not self._cell:
             self._bar = Bar(
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
@@ -129,6 +132,8 @@ class Progress:
             self._meter.add(event)
             if self._bar:
                 self._bar.update(self._task, description="", total=self._meter.pending_rows, completed=self._meter.rows)
+            elif self._cell:
+                self._cell.show(f"{self._meter.share:4.0%}  {facts(self._meter)}", self._meter.share)
             elif time.monotonic() >= self._next_line or self._meter.rows >= self._meter.pending_rows:
                 self._line(f"{self._meter.share:4.0%}  {facts(self._meter)}")
                 is_young = time.monotonic() - self._meter.started < FIRST_MINUTE_S
@@ -137,11 +142,41 @@ class Progress:
     def _say(self, description: str, line: str) -> None:
         if self._bar:
             self._bar.update(self._task, description=description)
+        elif self._cell:
+            self._cell.show(line)
         else:
             self._line(line)
 
     def _line(self, text: str) -> None:
         self._console.print(Text(text), soft_wrap=True)
+
+
+class Cell:
+    """
+    A line below a notebook's cell that changes while the cell runs.
+
+    It is plain HTML, updated by its display id: Jupyter and VS Code both show that, and keep it with the notebook. Rich's own live
+    display needs widgets, which VS Code fetches over the network and many servers do not have.
+    """
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._next = 0.0
+
+    def show(self, text: str, share: float | None = None) -> None:
+        """Replace the line, not more often than a person can read; the last one is always shown."""
+        now = time.monotonic()
+        if share is not None and share < 1 and now < self._next:
+            return
+        self._next = now + CELL_EVERY_S
+        bar = "" if share is None else f'<progress value="{share:.4f}" max="1" style="width:12em"></progress> '
+        shown = {"text/plain": text, "text/html": f"<div>{bar}<code>{escape(text)}</code></div>"}
+        if self._handle is None:
+            from IPython.display import display
+
+            self._handle = display(shown, raw=True, display_id=True)
+        else:
+            self._handle.update(shown, raw=True)
 
 
 class _Facts(ProgressColumn):

@@ -102,6 +102,15 @@ def test_a_pid_that_is_used_again_is_not_the_holder(storage):
         assert mine.epoch == 2
 
 
+def test_a_run_of_this_process_that_was_cut_off_holds_nothing(storage):
+    """A second Ctrl-C in a notebook, as the first one lets go: the cell can be run again, and not beside itself."""
+    storage.create(f"{LEASE}/00000001.json", json.dumps(asdict(Holder.me())).encode())
+    with held(storage, "refuse") as mine:
+        assert mine.epoch == 2
+        with pytest.raises(OutputInUse), held(storage, "refuse"):
+            pass
+
+
 def test_a_holder_elsewhere_is_dead_when_its_beat_stands_still(storage, elsewhere, monkeypatch):
     """By the clock of who watches: what the holder's clock said is never looked at."""
     monkeypatch.setattr(lease, "LOST_S", 1.5)
