@@ -84,7 +84,9 @@ def test_a_notebooks_stop_button_leaves_a_resumable_job(kernel, tmp_path):
     records = tmp_path / "out/_engine/commits"
 
     def answer(message: str) -> str:
-        content = client.get_shell_msg(timeout=120)["content"]
+        while (reply := client.get_shell_msg(timeout=120))["parent_header"].get("msg_id") != message:
+            pass
+        content = reply["content"]
         assert content["status"] == "ok", content
         return str(content["user_expressions"]["told"]["data"]["text/plain"])
 
