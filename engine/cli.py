@@ -33,6 +33,7 @@ from engine.version import __version__
 
 if TYPE_CHECKING:
     from engine.config import JobConfig
+    from engine.reporting.story import ReportResult
     from engine.results import Result, RunResult
 
 _Result = TypeVar("_Result", bound="Result")
@@ -176,6 +177,36 @@ def _verify(
     context.obj.exit_code = 0 if result.ok else VERIFICATION_FAILED
 
 
+@app.command(
+    "report",
+    help="Make a page about an output that opens offline: speed, runs, texts, rejects, and a map of its vectors.",
+    epilog="Example: engine report out --to report.html --color-by language",
+)
+def _report(
+    output: Output,
+    to: Annotated[
+        str | None, typer.Option(metavar="FILE", help="the page to write; by default OUT/_engine/report.html")
+    ] = None,
+    color_by: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="a column of the output that colours the map; clusters do by default"),
+    ] = None,
+    sample_rows: Annotated[int, typer.Option(min=1, max=20_000, help="vectors to look at")] = 5000,
+    projection: Annotated[
+        Literal["auto", "pca", "tsne"],
+        typer.Option(help="how vectors become points; auto takes t-SNE for 5,000 or fewer"),
+    ] = "auto",
+    as_json: Json = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    from engine.reporting import story
+
+    with _reporting(verbose, debug):
+        result = story.report(output, to, color_by=color_by, sample_rows=sample_rows, projection=projection)
+    _print(result, as_json, _show_report)
+
+
 @contextmanager
 def _reporting(verbose: bool, debug: bool) -> Iterator[Console]:
     """Send logs, and whatever libraries and workers print, to stderr: stdout is for the result."""
@@ -207,6 +238,12 @@ def _print(result: _Result, as_json: bool, show: Callable[[Console, _Result], No
         print(json.dumps(result.as_json()))  # noqa: T201 - the result
     else:
         show(Console(highlight=False, soft_wrap=True), result)
+
+
+def _show_report(console: Console, result: ReportResult) -> None:
+    console.print(Text("report".ljust(10), style="bold") + Text(result.report))
+    for warning in result.warnings:
+        console.print(Text(f"warning: {warning}", style="yellow"))
 
 
 def _exit_code_of(result: RunResult, job: JobConfig) -> int:

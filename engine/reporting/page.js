@@ -1,0 +1,38 @@
+"use strict";
+// Draws the figures of the page, in its colours, and again when the colours change.
+(() => {
+  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const narrow = window.matchMedia("(max-width: 560px)");
+
+  const themed = (layout) => {
+    const style = getComputedStyle(document.documentElement);
+    const color = (name) => style.getPropertyValue(name).trim();
+    const axis = { gridcolor: color("--grid"), linecolor: color("--line"), zerolinecolor: color("--line"), automargin: true, fixedrange: narrow.matches };
+    const result = {
+      ...layout,
+      autosize: true,
+      paper_bgcolor: "rgba(0,0,0,0)",
+      plot_bgcolor: "rgba(0,0,0,0)",
+      font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: color("--ink") },
+      margin: { l: 52, r: 10, t: 10, b: 44, ...layout.margin },
+      legend: { orientation: "h", y: -0.02, yanchor: "top", x: 0, ...layout.legend },
+      hoverlabel: { align: "left", bgcolor: color("--card"), bordercolor: color("--soft"), font: { color: color("--ink"), size: narrow.matches ? 11 : 13 }, namelength: -1 },
+      dragmode: narrow.matches ? false : "zoom",
+    };
+    for (const name of ["xaxis", "yaxis", "yaxis2"]) {
+      if (layout[name]) result[name] = { ...axis, ...layout[name] };
+    }
+    return result;
+  };
+  const draw = () =>
+    Promise.all(
+      Object.entries(figures).map(([id, figure]) =>
+        Plotly.react(id, figure.data, themed(figure.layout), { responsive: true, displaylogo: false, displayModeBar: narrow.matches ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] })
+      )
+    );
+  draw().then(() => document.documentElement.setAttribute("data-drawn", "yes"));
+  dark.addEventListener("change", draw);
+  narrow.addEventListener("change", draw);
+  window.addEventListener("beforeprint", () => Object.keys(figures).forEach((id) => Plotly.Plots.resize(id)));
+})();
