@@ -121,13 +121,16 @@ def character_bins(sample: Sample) -> Counter[int]:
 def points(found: Map, sample: Sample) -> Figure:
     """Draw the map: a point a row, its text or its id on hover."""
     hover = [_hover(sample, row) for row in range(len(sample))]
-    axis = {"showgrid": False, "zeroline": False, "showticklabels": False, "ticks": "", "title": {"text": ""}}
+    axis = {"showgrid": False, "zeroline": False, "showticklabels": False, "showline": False, "title": {"text": ""}}
     layout: Figure = {
         "height": 620,
         "hovermode": "closest",
         "xaxis": axis,
         "yaxis": axis | {"scaleanchor": "x"},
-        "legend": {"title": {"text": html.escape(found.colored_by)}, "itemsizing": "constant"},
+        "legend": {
+            "title": {"text": html.escape(found.colored_by, quote=False), "side": "top"},
+            "itemsizing": "constant",
+        },
         "margin": {"l": 4, "r": 4, "t": 4, "b": 4},
     }
     if found.numbers is not None:

@@ -12,11 +12,12 @@
     const result = {
       ...layout,
       autosize: true,
+      height: narrow.matches ? Math.min(layout.height, 520) : layout.height,
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: color("--ink") },
       margin: { l: 52, r: 10, t: 10, b: 44, ...layout.margin },
-      legend: { orientation: "h", y: -0.02, yanchor: "top", x: 0, ...layout.legend },
+      legend: { ...(narrow.matches ? { orientation: "h", y: -0.02, yanchor: "top", x: 0 } : { x: 1.01, y: 1 }), ...layout.legend },
       hoverlabel: { align: "left", bgcolor: color("--card"), bordercolor: color("--soft"), font: { color: color("--ink"), size: narrow.matches ? 11 : 13 }, namelength: -1 },
       dragmode: narrow.matches ? false : "zoom",
     };

@@ -72,12 +72,12 @@ def _of_work(facts: Facts) -> Iterator[Sign]:
         )
     if facts.num_unreadable_runs:
         yield Sign("note", f"{_some(facts.num_unreadable_runs, 'record of a run', 'records of runs')} cannot be read")
-    if facts.idle_share is not None and facts.idle_share > MUCH_WAITING:
+    if (facts.idle_share or 0) > MUCH_WAITING and not facts.tally.asked["num_requests"]:
         yield Sign(
             "note",
             f"devices waited {facts.idle_share:.0%} of their time: reading or tokenizing is what limits the speed",
         )
-    if facts.padding_share is not None and facts.padding_share > MUCH_PADDING:
+    if (facts.padding_share or 0) > MUCH_PADDING:
         yield Sign("note", f"{facts.padding_share:.0%} of what devices computed was padding")
 
 

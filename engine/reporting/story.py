@@ -144,7 +144,7 @@ def _check_column(config: JobConfig, color_by: str | None) -> None:
 def _tiles(facts: Facts, pending_rows: int | None) -> list[tuple[str, str, str]]:
     """Return the numbers that come first: value, name, and what is to be said beside them."""
     tally, count = facts.tally, page.FILTERS["count"]
-    left = "" if pending_rows is None else "all there are" if not pending_rows else f"{count(pending_rows)} left"
+    left = "" if pending_rows is None else "nothing left to do" if not pending_rows else f"{count(pending_rows)} left"
     total = tally.num_rows + tally.num_rejects
     tiles = [
         (count(tally.num_rows), "rows", left),
@@ -227,13 +227,13 @@ def _run(run: dict[str, Any]) -> dict[str, str]:
         value = result.get(name)
         return count(value) if isinstance(value, (int, float)) else ""
 
-    seconds = result.get("seconds")
+    seconds, rate = result.get("seconds"), result.get("rows_per_s")
     return {
         "started": str(run.get("started_at") or "")[:19].replace("T", " "),
         "outcome": str(run.get("outcome") or "unknown"),
         "rows": number("num_rows"),
         "rejects": number("num_rejects"),
-        "rate": number("rows_per_s"),
+        "rate": f"{rate:,.4g}" if isinstance(rate, (int, float)) else "",
         "took": duration(seconds) if isinstance(seconds, (int, float)) else "",
         "where": f"{run.get('user') or ''}@{run.get('host') or ''}".strip("@"),
         "error": str(result.get("stopped") or run.get("error") or ""),
@@ -277,8 +277,8 @@ def _vectors(sample: Sample, health: Health) -> dict[str, Any]:
     facts = [
         ("length of a vector", f"median {middle:.4g}, {low:.4g} to {high:.4g}; {len(health.odd_norms):,} stand out"),
         ("constant dimensions", f"{len(health.constant_dimensions):,} of {sample.vectors.shape[1]:,}"),
-        ("identical vectors", f"{health.num_identical:,} rows have the very vector of another"),
-        (f"near-duplicates, cosine above {NEAR}", f"{health.num_pairs:,} pairs of different vectors"),
+        ("identical vectors", f"{health.num_identical:,} repeat the vector of a row before them"),
+        ("near-duplicates", f"{health.num_pairs:,} pairs of different vectors with a cosine above {NEAR}"),
     ]
     texts = sample.texts
     return {

@@ -7,8 +7,9 @@ their number grows: memory is bounded however many shards there are and however 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -18,16 +19,20 @@ MAX_SLOTS = 4096
 IDLE_S = 120
 """Seconds without work that end a session; the plot leaves them out."""
 MAX_BARS = 80
+SHARDS_A_BAR = 4
+"""At least, on average: small shards that went through the model together are done in the same second."""
 ROUND_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 43200, 86400)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(slots=True)
 class _Slot:
-    """What changes within a slot: rows and tokens that are done in it, beside those of the rate before; and the rates after it."""
+    """What changes within a slot: what is done in it beside that at the rate before, and how the rate is another after it."""
 
-    mass: Any = field(default_factory=lambda: np.zeros(2))
-    rate: Any = field(default_factory=lambda: np.zeros(2))
+    rows: float = 0.0
+    tokens: float = 0.0
+    row_rate: float = 0.0
+    token_rate: float = 0.0
     num_active: int = 0
 
 
@@ -64,6 +69,7 @@ class Timeline:
     def __init__(self) -> None:
         self._width = 1.0
         self._slots: dict[int, _Slot] = {}
+        self._num_shards = 0
         self.num_undated = 0
         """Shards whose record does not say when they were made."""
 
@@ -74,10 +80,11 @@ class Timeline:
         except ValueError:
             self.num_undated += 1
             return
+        self._num_shards += 1
         took_s = max(took_s, 1.0)  # of a record, times are whole seconds
-        rate = np.array([num_rows, num_tokens]) / took_s
-        self._change(stop - took_s, rate, 1)
-        self._change(stop, -rate, -1)
+        row_rate, token_rate = num_rows / took_s, num_tokens / took_s
+        self._change(stop - took_s, row_rate, token_rate, 1)
+        self._change(stop, -row_rate, -token_rate, -1)
         while len(self._slots) > MAX_SLOTS:
             self._widen()
 
@@ -85,7 +92,8 @@ class Timeline:
         """Return the sessions in order, each cut into bars of about the same length."""
         spans = list(self._spans())
         total = sum(stop - start for start, stop in spans)
-        width = next((number for number in ROUND_S if number >= total / MAX_BARS), ROUND_S[-1])
+        num_bars = max(1, min(MAX_BARS, self._num_shards // SHARDS_A_BAR))
+        width = next((number for number in ROUND_S if number >= total / num_bars), ROUND_S[-1])
         times, done = self._done()
         found: list[Session] = []
         offset = 0.0
@@ -100,12 +108,18 @@ class Timeline:
             offset += stop - start
         return found
 
-    def _change(self, at: float, rate: Any, num_active: int) -> None:
-        """Let the rate change by `rate` a second from `at` on."""
-        number = int(at // self._width)
-        slot = self._slots.setdefault(number, _Slot())
-        slot.mass += rate * ((number + 1) * self._width - at)
-        slot.rate += rate
+    def _change(self, at: float, row_rate: float, token_rate: float, num_active: int) -> None:
+        """Let the rates change by so much a second from `at` on."""
+        # A stop on the edge of two slots is the former's: else a session would be a slot longer than it was.
+        number = math.floor(at / self._width) if num_active > 0 else math.ceil(at / self._width) - 1
+        left_s = (number + 1) * self._width - at
+        slot = self._slots.get(number)
+        if slot is None:
+            slot = self._slots[number] = _Slot()
+        slot.rows += row_rate * left_s
+        slot.tokens += token_rate * left_s
+        slot.row_rate += row_rate
+        slot.token_rate += token_rate
         slot.num_active += num_active
 
     def _widen(self) -> None:
@@ -113,8 +127,11 @@ class Timeline:
         merged: dict[int, _Slot] = {}
         for number, slot in self._slots.items():
             into = merged.setdefault(number // 2, _Slot())
-            into.mass += slot.mass + (slot.rate * self._width if number % 2 == 0 else 0.0)
-            into.rate += slot.rate
+            after_s = self._width if number % 2 == 0 else 0.0
+            into.rows += slot.rows + slot.row_rate * after_s
+            into.tokens += slot.tokens + slot.token_rate * after_s
+            into.row_rate += slot.row_rate
+            into.token_rate += slot.token_rate
             into.num_active += slot.num_active
         self._slots, self._width = merged, self._width * 2
 
@@ -143,8 +160,9 @@ class Timeline:
             total = total + rate * (begins - last if times else 0.0)
             last = begins + self._width
             times += [begins, last]
-            done += [total, total + rate * self._width + slot.mass]
-            total, rate = done[-1], rate + slot.rate
+            done += [total, total + rate * self._width + (slot.rows, slot.tokens)]
+            total = done[-1]
+            rate = rate + np.array([slot.row_rate, slot.token_rate])
         return np.array(times), np.array(done).reshape(-1, 2)
 
 
