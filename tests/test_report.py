@@ -256,7 +256,7 @@ def test_a_sample_is_bounded_fair_and_always_the_same(out, tmp_path):
 def test_nothing_in_an_output_becomes_markup_and_nothing_is_loaded(out, tmp_path):
     """Texts, ids and reasons full of tags stay texts; the policy allows the page's own two scripts, by hash, and no request."""
     path = tmp_path / "page.html"
-    engine.report(out, path)
+    engine.report(out, path, projection="pca")
     page = Page(path)
     assert [attrs.get("type") for tag, attrs in page.elements if tag == "script"] == ["application/json", None, None]
     assert not {"img", "iframe", "object", "embed", "a", "i", "b", "base"} & {tag for tag, _ in page.elements}
@@ -281,7 +281,7 @@ def test_nothing_in_an_output_becomes_markup_and_nothing_is_loaded(out, tmp_path
 def test_texts_are_shown_only_where_the_output_keeps_them(tmp_path):
     """Without the text column the page has ids and mean tokens, and says why; no text of the source is in it."""
     out = make_output(tmp_path, keep=("subject",))
-    engine.report(out)
+    engine.report(out, projection="pca")
     page = Page(out / "_engine/report.html")
     assert "does not keep the column 'text'" in page.text
     assert "says number" not in (out / "_engine/report.html").read_text()
@@ -373,10 +373,14 @@ def test_health_finds_what_comparing_all_with_all_finds():
 SIZES = """[...document.querySelectorAll('.plot .main-svg')].map(svg => [svg.getBoundingClientRect().width, svg.getBoundingClientRect().height])"""
 
 
+NASTY_POINT = """document.getElementById('map').data.flatMap((trace, curve) => trace.text.map((text, number) => [curve, number, text]))
+    .find(([, , text]) => text.includes('alert')).slice(0, 2)"""
+
+
 def test_a_browser_draws_the_page_wide_and_narrow(out, tmp_path):
     """A real Chromium, with no network: all plots are there, hover shows a text, nothing sticks out at 420 pixels, no error."""
     path = tmp_path / "page.html"
-    engine.report(out, path)
+    engine.report(out, path, projection="pca")
     try:
         with browser() as chromium:
             for width in (1400, 420):
@@ -409,6 +413,11 @@ def look(chromium: Any, path: Path, width: int) -> None:
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.wait_for_selector("#map .hoverlayer .hovertext", timeout=10_000)
     assert "number" in page.text_content("#map .hoverlayer") or "alert" in page.text_content("#map .hoverlayer")
+    curve, number = page.evaluate(NASTY_POINT)
+    page.evaluate(f"Plotly.Fx.hover('map', [{{curveNumber: {curve}, pointNumber: {number}}}])")
+    shown = page.text_content("#map .hoverlayer")
+    assert "<script>alert(1)</script>" in shown
+    assert "%{y} $x$" in shown
     assert asked == [path.as_uri()]
     assert said == []
     page.close()

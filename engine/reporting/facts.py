@@ -75,7 +75,8 @@ class Facts:
     @property
     def tokens_per_minute_limit(self) -> float | None:
         """The provider's, as the last run knew it that knew one."""
-        limits = (((run.get("result") or {}).get("provider") or {}).get("tokens_per_minute_limit") for run in self.runs)
+        providers = ((run.get("result") or {}).get("provider") for run in self.runs)
+        limits = (use.get("tokens_per_minute_limit") for use in providers if isinstance(use, dict))
         return next((float(limit) for limit in limits if isinstance(limit, (int, float)) and limit > 0), None)
 
     def add(self, record: CommitRecord) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.reporting.facts import STEPS, bin_of
 from engine.reporting.projection import OTHER
+from engine.reporting.sample import shown
 
 if TYPE_CHECKING:
     from engine.reporting.projection import Map
@@ -131,7 +132,7 @@ def points(found: Map, sample: Sample) -> Figure:
             "title": {"text": html.escape(found.colored_by, quote=False), "side": "top"},
             "itemsizing": "constant",
         },
-        "margin": {"l": 4, "r": 4, "t": 4, "b": 4},
+        "margin": {"l": 4, "r": 4, "t": 34, "b": 4},
     }
     if found.numbers is not None:
         marker = {
@@ -173,7 +174,7 @@ def _hover(sample: Sample, row: int) -> str:
     if sample.texts is not None:
         lines += [html.escape(line, quote=False) for line in textwrap.wrap(sample.texts[row], HOVER_WIDTH)]
     if sample.colors is not None:
-        lines.append(f"<i>{html.escape(str(sample.colors[row])[:HOVER_WIDTH], quote=False)}</i>")
+        lines.append(f"<i>{html.escape(shown(sample.colors[row])[:HOVER_WIDTH], quote=False)}</i>")
     return "<br>".join(lines)
 
 

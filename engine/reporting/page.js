@@ -19,6 +19,7 @@
       margin: { l: 52, r: 10, t: 10, b: 44, ...layout.margin },
       legend: { ...(narrow.matches ? { orientation: "h", y: -0.02, yanchor: "top", x: 0 } : { x: 1.01, y: 1 }), ...layout.legend },
       hoverlabel: { align: "left", bgcolor: color("--card"), bordercolor: color("--soft"), font: { color: color("--ink"), size: narrow.matches ? 11 : 13 }, namelength: -1 },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: color("--soft"), activecolor: color("--ink"), orientation: "h" },
       dragmode: narrow.matches ? false : "zoom",
     };
     for (const name of ["xaxis", "yaxis", "yaxis2"]) {
@@ -26,10 +27,17 @@
     }
     return result;
   };
+  // Buttons only for the map, and only such as need no network.
+  const config = (id) => ({
+    responsive: true,
+    displaylogo: false,
+    displayModeBar: id === "map" && !narrow.matches,
+    modeBarButtons: [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d", "toImage"]],
+  });
   const draw = () =>
     Promise.all(
       Object.entries(figures).map(([id, figure]) =>
-        Plotly.react(id, figure.data, themed(figure.layout), { responsive: true, displaylogo: false, displayModeBar: narrow.matches ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] })
+        Plotly.react(id, figure.data, themed(figure.layout), config(id))
       )
     );
   draw().then(() => document.documentElement.setAttribute("data-drawn", "yes"));

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from engine.reporting.sample import shown
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -103,7 +105,7 @@ def _coloured(
         numbers = [_number(value) for value in colors]
         if len({number for number in numbers if number is not None}) > MAX_GROUPS and _all_numbers(colors):
             return None, numbers, str(color_by)
-        return _frequent([str(value)[:40] for value in colors]), None, str(color_by)
+        return _frequent([shown(value)[:40] for value in colors]), None, str(color_by)
     labels = _clusters(reduced)
     names = _names(labels, texts)
     return [names[label] for label in labels], None, "k-means cluster"
