@@ -23,7 +23,7 @@ from typing import Any
 PACKAGE = "@sparticuz/chromium@147.0.0"
 INTEGRITY = "sha512-4ZKeAQQa8up2mt675qSitztLdbQrlf8BKdC5naeap+5Mv1OV1OlJdPoU+EJC/p5sQUJUQmN4r+q5+EhaaOUHpQ=="
 CACHE = Path("~/.cache/embedding-engine-tests").expanduser()
-FETCH_S = 180
+FETCH_S = 90
 UNPACK = """
 const fs = require('fs'), zlib = require('zlib');
 for (const name of ['chromium', 'al2023.tar', 'fonts.tar'])
