@@ -36,7 +36,7 @@ from engine.errors import (
 from engine.version import __version__
 
 if TYPE_CHECKING:
-    from engine.faces import embed, plan, run, status, verify
+    from engine.faces import embed, plan, report, run, status, verify
     from engine.models.base import BaseEmbeddingModel, Embeddings
     from engine.models.cohere import CohereEmbeddingModel
     from engine.models.openai import OpenAIEmbeddingModel
@@ -69,6 +69,7 @@ __all__ = [
     "__version__",
     "embed",
     "plan",
+    "report",
     "run",
     "status",
     "verify",
@@ -77,6 +78,7 @@ __all__ = [
 _LAZY = {
     "embed": "engine.faces",
     "plan": "engine.faces",
+    "report": "engine.faces",
     "run": "engine.faces",
     "status": "engine.faces",
     "verify": "engine.faces",

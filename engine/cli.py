@@ -176,6 +176,36 @@ def _verify(
     context.obj.exit_code = 0 if result.ok else VERIFICATION_FAILED
 
 
+@app.command(
+    "report",
+    help="Make a page about an output that opens offline: speed, runs, texts, rejects, and a map of its vectors.",
+    epilog="Example: engine report out --to report.html --color-by language",
+)
+def _report(
+    output: Output,
+    to: Annotated[
+        str | None, typer.Option(metavar="FILE", help="the page to write; by default OUT/_engine/report.html")
+    ] = None,
+    color_by: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="a column of the output that colours the map; clusters do by default"),
+    ] = None,
+    sample_rows: Annotated[int, typer.Option(min=1, max=20_000, help="vectors to look at")] = 5000,
+    projection: Annotated[
+        Literal["auto", "pca", "tsne"],
+        typer.Option(help="how vectors become points; auto takes t-SNE for 5,000 or fewer"),
+    ] = "auto",
+    as_json: Json = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    from engine.reporting import story
+
+    with _reporting(verbose, debug):
+        result = story.report(output, to, color_by=color_by, sample_rows=sample_rows, projection=projection)
+    _print(result, as_json, show)
+
+
 @contextmanager
 def _reporting(verbose: bool, debug: bool) -> Iterator[Console]:
     """Send logs, and whatever libraries and workers print, to stderr: stdout is for the result."""

@@ -11,10 +11,12 @@ from engine.inline import embed
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from engine.reporting.projection import Projection
+    from engine.reporting.story import ReportResult
     from engine.results import PlanResult, RunResult, StatusResult, VerifyResult
     from engine.verification import Level
 
-__all__ = ["embed", "plan", "run", "status", "verify"]
+__all__ = ["embed", "plan", "report", "run", "status", "verify"]
 
 
 def plan(*, config: str | Path | None = None, **options: Any) -> PlanResult:
@@ -62,6 +64,20 @@ def verify(
 ) -> VerifyResult:
     """Check an output against its plan, its records and its files: see `engine.runner.verify`."""
     return runner.verify(str(output), level, set_aside=set_aside, sample_rows=sample_rows)
+
+
+def report(
+    output: str | Path,
+    to: str | Path | None = None,
+    *,
+    color_by: str | None = None,
+    sample_rows: int = 5000,
+    projection: Projection = "auto",
+) -> ReportResult:
+    """Make a page about an output that opens offline: see `engine.reporting.story.report`. Needs the extra `report`."""
+    from engine.reporting import story
+
+    return story.report(str(output), _text(to), color_by=color_by, sample_rows=sample_rows, projection=projection)
 
 
 def _text(path: str | Path | None) -> str | None:
