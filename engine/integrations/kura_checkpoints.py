@@ -198,7 +198,7 @@ def _write(items: Iterable[_Item], staging: Path, text: Callable[[_Item], str]) 
                     raise SourceError(
                         f"one of rows {len(ids)} to {len(ids) + len(chunk) - 1} has a lone surrogate, which is not Unicode: mend it"
                     ) from None
-                ids.extend(xxhash.xxh3_64_intdigest(row[0]) for row in chunk)
+                ids.extend(xxhash.xxh3_64_intdigest(row[0].encode()) for row in chunk)
                 digest.update(json.dumps(chunk).encode())
             writer.add_key_value_metadata({CONTENT_HASH: digest.hexdigest()})
         file.flush()
