@@ -57,4 +57,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PIP) $(TORCH)
 	@echo "installing embedding-engine, its dependencies and the tools"
 	@$(PIP) --editable '.[dev]'
+	@$(PIP) --no-deps --requirement tests/kura.txt
 	@touch $@

@@ -8,6 +8,7 @@ from typing import Any
 from engine.config import ModelConfig
 from engine.errors import ConfigError
 from engine.models.base import BaseEmbeddingModel
+from engine.models.duck import has_interface, wrapped
 
 CUSTOM = "custom"
 PROVIDERS = {
@@ -74,6 +75,10 @@ def _imported(path: str) -> type[BaseEmbeddingModel]:
     found = getattr(module, class_name, None)
     if found is None:
         raise ConfigError(f"the module {module_name} has no class {class_name!r}")
-    if not (isinstance(found, type) and issubclass(found, BaseEmbeddingModel)):
-        raise ConfigError(f"{path} is not a subclass of engine.BaseEmbeddingModel")
-    return found
+    if isinstance(found, type) and issubclass(found, BaseEmbeddingModel):
+        return found
+    if isinstance(found, type) and has_interface(found):
+        return wrapped(found)
+    raise ConfigError(
+        f"{path} is not a subclass of engine.BaseEmbeddingModel, nor a class like it, with slug() and an async embed(texts)"
+    )
