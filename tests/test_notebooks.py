@@ -96,7 +96,6 @@ def test_a_notebooks_stop_button_leaves_a_resumable_job(kernel, tmp_path):
     manager.interrupt_kernel()
     interrupted, num_rows, pending_rows = eval(answer(message))
     assert interrupted
-    assert num_rows >= 6
     assert pending_rows == 100 - num_rows
     again = cell.replace("shard_rows=2)", "num_actors=2)")
     message = client.execute(again, user_expressions=told)
