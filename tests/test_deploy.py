@@ -27,6 +27,7 @@ from tests.test_cluster_yaml import SECRET
 ROOT = Path(__file__).parent.parent
 MANIFEST = ROOT / "deploy" / "rayjob.yaml"
 SECRET_NAME = re.compile(r"key|token|secret|password|credential", re.IGNORECASE)
+DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 Count = Field(default=None, ge=0, strict=True)
 
 
@@ -176,6 +177,9 @@ def problems_of_pod(pod: dict[str, Any]) -> Iterator[str]:
         if any(SECRET_NAME.search(variable["name"]) for variable in container.get("env", [])):
             yield "a key in a variable"
         asked, most = (container["resources"].get(kind, {}) for kind in ("requests", "limits"))
+        drain = [int(variable["value"]) for variable in container.get("env", []) if variable["name"] == DRAIN]
+        if drain and drain[0] >= pod.get("terminationGracePeriodSeconds", 30):
+            yield "is killed while Ray still waits for what is in flight"
         if asked.get("nvidia.com/gpu") != most.get("nvidia.com/gpu"):
             yield "GPUs asked for and GPUs allowed differ"
 
@@ -291,6 +295,7 @@ def test_a_field_that_is_misspelt_missing_or_of_another_type_is_found(job, chang
         (lambda job: _worker(job)["template"]["spec"].update(volumes=[]), "no volume"),
         (lambda job: _container(job)["resources"]["limits"].pop("nvidia.com/gpu"), "GPUs"),
         (lambda job: _worker(job).update(maxReplicas=0), "maxReplicas"),
+        (lambda job: _worker(job)["template"]["spec"].update(terminationGracePeriodSeconds=10), "in flight"),
     ],
 )
 def test_mistakes_that_are_fields_of_the_right_type_are_found(job, change: Callable[[Any], Any], problem):
