@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ SECRET = re.compile(
 
 @pytest.fixture
 def config() -> dict[str, Any]:
-    return copy.deepcopy(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
+    return yaml.safe_load((ROOT / "cluster.yaml").read_text())
 
 
 def accepted_by_ray(config: dict[str, Any]) -> bool:
@@ -68,12 +70,34 @@ def problems(config: dict[str, Any]) -> list[str]:
             found.append(f"{name}: min_workers, max_workers")
     if "InstanceMarketOptions" in nodes[config["head_node_type"]]["node_config"]:
         found.append("the head is on spot, and the cluster fails with it")
+    if node_type := nodes.get("cpu_api"):
+        found += [f"cpu_api: {problem}" for problem in problems_of_key(config, node_type)]
     for start in ("head_start_ray_commands", "worker_start_ray_commands"):
         if not any("RAY_AUTH_MODE=token ray start" in command for command in config[start]):
             found.append(f"{start}: no token is asked for")
     if SECRET.search(yaml.safe_dump(config)):
         found.append("a key")
     return found
+
+
+def problems_of_key(config: dict[str, Any], node: dict[str, Any]) -> Iterator[str]:
+    """A key comes by the node's own rights, into a file that only its user reads and its container sees; other nodes have none."""
+    commands = node.get("initialization_commands", [])
+    if commands[:2] != config["initialization_commands"]:
+        yield "its own commands come instead of the common ones, which it has not"
+    fetching = [command for command in commands if "get-parameter" in command]
+    if not fetching or any(not command.startswith("umask 077 && ") for command in fetching):
+        yield "a key that others can read"
+    folders = {str(Path(command.rpartition("> ")[2]).parent) for command in fetching}
+    mounted = node.get("docker", {}).get("worker_run_options", [])
+    if mounted != [f"--volume {folder}:{folder}:ro" for folder in folders]:
+        yield "its container does not see the file of the key"
+    profile = node["node_config"]["IamInstanceProfile"]
+    others = [other for other in config["available_node_types"].values() if other is not node]
+    if profile in [other["node_config"]["IamInstanceProfile"] for other in others]:
+        yield "others have the rights to its key"
+    if any("get-parameter" in str(other) for other in [*others, config["initialization_commands"]]):
+        yield "others fetch its key"
 
 
 def test_ray_accepts_the_file(config):
@@ -104,6 +128,25 @@ def test_workers_are_on_spot_and_can_fall_back_to_on_demand(config):
     assert standing_by["resources"] == spot[0]["resources"]
 
 
+def test_api_jobs_have_cpu_workers_from_zero_with_the_key_where_the_comment_says(config):
+    """They come with the work and have no GPU; the path in the comment's --key-file is the one that the key is written to."""
+    node = config["available_node_types"]["cpu_api"]
+    assert (node["min_workers"], node["resources"]) == (0, {"CPU": 4})
+    assert node["max_workers"] > 0
+    (file,) = re.findall(r"--key-file (\S+)", (ROOT / "cluster.yaml").read_text())
+    assert node["initialization_commands"][-1].endswith(f"> {file}")
+
+
+def test_commands_are_words_that_a_shell_takes(config):
+    """Every command of every list parses."""
+    lists = [value for name, value in config.items() if name.endswith("_commands")]
+    lists.append(config["available_node_types"]["cpu_api"]["initialization_commands"])
+    commands = [command for commands in lists for command in commands]
+    assert len(commands) > 10
+    for command in commands:
+        assert subprocess.run(["bash", "-n", "-c", command], check=False).returncode == 0, command
+
+
 def test_versions_are_those_of_the_constraints(config):
     """The image's Ray and the installed torch are the tested ones, and everything else goes through constraints.txt."""
     pins = dict(
@@ -124,6 +167,22 @@ def test_versions_are_those_of_the_constraints(config):
         (lambda c: c["available_node_types"]["gpu_spot"].update(resources={"CPU": 4, "GPU": 8}), "has not"),
         (lambda c: c["available_node_types"]["gpu_spot"].update(max_workers=9), "max_workers"),
         (lambda c: c.update(worker_start_ray_commands=["ray start --address=$RAY_HEAD_IP:6379"]), "token"),
+        (lambda c: c["available_node_types"]["cpu_api"].update(resources={"CPU": 4, "GPU": 1}), "has not"),
+        (lambda c: c["available_node_types"]["cpu_api"]["initialization_commands"].pop(0), "common ones"),
+        (lambda c: c["available_node_types"]["cpu_api"]["initialization_commands"].pop(), "others can read"),
+        (lambda c: c["available_node_types"]["cpu_api"].pop("docker"), "does not see"),
+        (
+            lambda c: c["available_node_types"]["cpu_api"]["node_config"].update(
+                IamInstanceProfile=c["available_node_types"]["gpu_spot"]["node_config"]["IamInstanceProfile"]
+            ),
+            "rights to its key",
+        ),
+        (
+            lambda c: c["initialization_commands"].append(
+                c["available_node_types"]["cpu_api"]["initialization_commands"][-1]
+            ),
+            "others fetch",
+        ),
         (lambda c: c["setup_commands"].append("export OPENAI_API_KEY=sk-abcdefgh12345678"), "key"),
     ],
 )

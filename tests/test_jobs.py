@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
+import shlex
 import subprocess
 import sys
 import urllib.request
@@ -16,21 +16,18 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray.job_submission import JobStatus, JobSubmissionClient
 
-from tests.kills import ROOT, Job, wait_until
+from tests.kills import FAILING, ROOT, Job, wait_until
+from tests.ray_nodes import RAY, calls, free_port
 from tests.strict_server import serving
 
 pytestmark = pytest.mark.ray
 
 CANARY_KEY = f"sk-{uuid.uuid4().hex}"
 """In the environment of the head, whose workers find it there."""
-RAY = str(Path(sys.executable).with_name("ray"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+NUM_SEARCHED = 30
+"""Calls at most that find the one text on which the model fails, by halving its shard of twenty."""
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +106,44 @@ def test_a_job_that_fails_says_why_and_with_which_exit_code(dashboard, tmp_path)
     assert "exit code 2" in log
     assert "has no column 'body'; it has: id, text" in log
     assert not job.output.exists()
+
+
+def test_a_job_that_is_stopped_and_submitted_again_goes_on_and_says_why_another_model_is_refused(dashboard, tmp_path):
+    """It is stopped in the middle of its shards; the log and the status message have the engine's own words and exit code."""
+    job, client = Job(tmp_path, None), JobSubmissionClient(dashboard)
+    held = tmp_path / "held"
+    held.write_text("")
+    model = {"folder": str(tmp_path), "fail_on": FAILING, "delay_s": 0.05}
+
+    def submitted(**options: object) -> str:
+        options = ["--model=custom:tests.ray_nodes.PlacedModel", f"--model-args={json.dumps(model | options)}"]
+        command = ["python", "jobs/embed.py", *arguments(job)[:4], "--id-column=id", "--shard-rows=20", *options]
+        return client.submit_job(entrypoint=shlex.join(command), runtime_env={"working_dir": str(ROOT)})
+
+    def ended(name: str) -> JobStatus:
+        wait_until(lambda: client.get_job_status(name).is_terminal())
+        return client.get_job_status(name)
+
+    first = submitted()
+    wait_until(lambda: job.num_committed() >= 3)
+    held.write_text("all")
+    client.stop_job(first)
+    assert ended(first) == JobStatus.STOPPED
+    num_done, num_calls = job.num_committed(), len(calls(tmp_path))
+    assert 3 <= num_done < 60
+    assert "rows" in client.get_job_logs(first)
+    held.write_text("")
+    second = submitted()
+    assert ended(second) == JobStatus.SUCCEEDED
+    assert "were done already" in client.get_job_logs(second)
+    job.check()
+    assert len(calls(tmp_path)) - num_calls <= 60 - num_done + NUM_SEARCHED
+    refused = submitted(dimension=9)
+    assert ended(refused) == JobStatus.FAILED
+    message = client.get_job_info(refused).message
+    assert "exit code 3" in message
+    for told in (message, client.get_job_logs(refused)):
+        assert "model_args" in told
 
 
 def test_no_key_and_no_text_is_in_anything_that_a_job_writes(dashboard, tmp_path, tmp_path_factory):
