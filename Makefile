@@ -8,7 +8,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 PYTHON ?= python3# the interpreter that makes .venv
 KILLS ?= 1000# how many processes `make soak` kills
 LIMIT ?=# texts that `make demo` embeds; empty: all
-JOBS ?= 2# processes that run tests; 0: one, and in the order of the files
+JOBS ?= 2# processes that run tests, a file each at a time; 0: one
 ARGS ?=# more arguments for pytest, such as ARGS='-k plan -x'
 
 BIN := .venv/bin
@@ -28,8 +28,8 @@ help: ## say what there is (the default)
 demo: $(INSTALLED) ## embed 7,168 real conversations, verify the output, show neighbours; again: nothing left to do
 	@$(OFFLINE) $(BIN)/python jobs/demo.py $(if $(LIMIT),--limit $(LIMIT))
 
-test: $(INSTALLED) ## run all tests but the soak: those that start Ray one after the other, the rest beside them
-	@$(OFFLINE) $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup $(ARGS)
+test: $(INSTALLED) ## run all tests but the soak
+	@$(OFFLINE) $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 check: $(INSTALLED) ## lint, format, types and the floors of the house; runs no tests
 	@$(BIN)/ruff check .
