@@ -8,7 +8,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 PYTHON ?= python3# the interpreter that makes .venv
 KILLS ?= 1000# how many processes `make soak` kills
 LIMIT ?=# texts that `make demo` embeds; empty: all
-JOBS ?= 2# processes that run tests, a file each at a time; 0: one
+JOBS ?= 2# processes that run tests, one of them those that start Ray; 0: one for all
 ARGS ?=# more arguments for pytest, such as ARGS='-k plan -x'
 
 BIN := .venv/bin
@@ -29,7 +29,7 @@ demo: $(INSTALLED) ## embed 7,168 real conversations, verify the output, show ne
 	@$(OFFLINE) $(BIN)/python jobs/demo.py $(if $(LIMIT),--limit $(LIMIT))
 
 test: $(INSTALLED) ## run all tests but the soak
-	@$(OFFLINE) $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	@$(OFFLINE) $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadscope $(ARGS)
 
 check: $(INSTALLED) ## lint, format, types and the floors of the house; runs no tests
 	@$(BIN)/ruff check .

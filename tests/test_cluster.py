@@ -104,6 +104,7 @@ def test_nodes_come_and_die_and_the_head_too_and_every_row_is_there_once(tmp_pat
     held.write_text("")
     with cluster(*GPUS) as second:
         (told,) = second.add(("--num-cpus=2", "--num-gpus=1"))
+        held.write_text(second.head.id)  # or it may do all before the other has begun
         run = Run(second.address, *arguments)
         run.until(lambda: num_made_on(told.id) >= 1)
         held.write_text("all")

@@ -413,8 +413,11 @@ def look(chromium: Any, path: Path, width: int) -> None:
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.wait_for_selector("#map .hoverlayer .hovertext", timeout=10_000)
     assert "number" in page.text_content("#map .hoverlayer") or "alert" in page.text_content("#map .hoverlayer")
+    page.mouse.move(1, 1)  # or the page goes on showing what is under the mouse
+    page.wait_for_selector("#map .hoverlayer .hovertext", state="detached", timeout=10_000)
     curve, number = page.evaluate(NASTY_POINT)
     page.evaluate(f"Plotly.Fx.hover('map', [{{curveNumber: {curve}, pointNumber: {number}}}])")
+    page.wait_for_selector("#map .hoverlayer .hovertext", timeout=10_000)
     shown = page.text_content("#map .hoverlayer")
     assert "<script>alert(1)</script>" in shown
     assert "%{y} $x$" in shown
