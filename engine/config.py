@@ -7,8 +7,6 @@ Each field's description is its help text on the command line. A field that deci
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,19 +15,11 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from engine.arguments import check_arguments
 from engine.errors import ConfigError
 from engine.schema import EMBEDDING, SOURCE_ROW
 
 DEFAULT_MODEL = "sentence-transformers:all-MiniLM-L6-v2"
-_SECRET_NAME = re.compile(
-    r"api[-_]?keys?|secret|passw|pwd|credential|authorization|bearer|cookie|dsn|connection[-_]string"
-    r"|(access|auth|hf|id|api|refresh)[-_]?tokens?|(^|[-_])(token|auth|key)$",
-    re.IGNORECASE,
-)
-_SECRET_VALUE = re.compile(
-    r"\b(sk-|hf_|ghp_|xox[a-z]-)[A-Za-z0-9_-]{8,}|AKIA[0-9A-Z]{16}|^Bearer |://[^/\s:@]+:[^/\s@]+@"
-)
-_CAMEL = re.compile(r"([a-z0-9])([A-Z])")
 _Config = TypeVar("_Config", bound=BaseModel)
 _VECTORS: dict[str, Any] = {"decides": "vectors"}
 
@@ -153,14 +143,7 @@ class ModelConfig(BaseModel):
     @field_validator("model_args")
     @classmethod
     def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
-        advice = "and arguments are stored with the output; let the model read it from the environment of its worker"
-        for name, item in _leaves("", value):
-            if _SECRET_NAME.search(_CAMEL.sub(r"\1_\2", name)):
-                raise ValueError(f"{name!r} looks like a secret, {advice}")
-            if isinstance(item, str) and _SECRET_VALUE.search(item):
-                raise ValueError(f"the value of {name!r} looks like a secret, {advice}")
-            if not isinstance(item, (str, int, float, bool, type(None))):
-                raise ValueError(f"{name!r} is a {type(item).__name__}, which JSON does not have; quote it")  # noqa: TRY004 - pydantic's way
+        check_arguments(value)
         return value
 
     @property
@@ -269,19 +252,6 @@ class JobConfig(ModelConfig):
     def settings(self, options: AbstractSet[str]) -> dict[str, Any]:
         """Return the settings that decide the vectors, of the job and of those in `options`, which the model goes by."""
         return _deciding(JobConfig, self, options)
-
-
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield each name in nested arguments with its value, containers' as None."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield str(key), None
-            yield from _leaves(str(key), item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _leaves(name, item)
-    else:
-        yield name, value
 
 
 def load_config(path: str | None = None, /, **given: Any) -> JobConfig:

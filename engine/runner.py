@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING
 from engine import history, lease
 from engine.errors import ConfigError, CorruptOutput, EngineError, SourceError, Stopped
 from engine.events import PoolStarted, RunPlanned, ShardDone
+from engine.interrupts import interruptible, sigterm_interrupts
 from engine.models import registry
 from engine.models.api.prices import MILLION, price_of
 from engine.planning import parcels
@@ -218,7 +217,7 @@ def _stream(
     todo = asked.standing.plan
     groups = list(parcels(todo.pending, todo.shard_rows))
     on_event(RunPlanned(todo.pending_rows, len(todo.pending), todo.num_rows, asked.ledger.root))
-    with _interruptible(tally, owned), cluster.connected(asked.config.address), _sigterm_interrupts():
+    with interruptible(tally, owned), cluster.connected(asked.config.address), sigterm_interrupts():
         nodes = cluster.capacity()
         entry.cluster = cluster.summary(nodes)
         chosen = resources.decide(asked.config, nodes, len(groups))
@@ -283,27 +282,3 @@ def _pipeline(asked: Survey, chosen: Resources, groups: Sequence[tuple[Shard, ..
         budget=budget,
     )
     return Stream(groups, work, asked.ledger, asked.job.fingerprint, chosen, config.stall_s)
-
-
-@contextmanager
-def _interruptible(tally: Tally, owned: Lease) -> Iterator[None]:
-    """End a run on Ctrl-C, a notebook's stop button or SIGTERM as on its last receipt: what is committed is committed."""
-    try:
-        with owned.interrupting():
-            yield
-    except KeyboardInterrupt:
-        owned.check()
-        tally.interrupted = True
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Take SIGTERM, which ends jobs on clusters, for Ctrl-C. To be entered after Ray, which has a handler of its own."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
