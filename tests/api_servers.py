@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from engine.models.api.model import ApiEmbeddingModel
 from engine.models.base import Embeddings
 from engine.models.cohere import CohereEmbeddingModel
 from engine.models.openai import OpenAIEmbeddingModel
+from tests.builders import free_port
 from tests.strict_server import Server, Settings, serving, vector
 
 KEY = "sk-canary-5Zq81LwX0vBn27TdRk93"
@@ -241,10 +241,3 @@ def llmock(_llmock: LLMock) -> LLMock:
     """An llmock that has seen nothing yet, and limits each key to 20 requests a second."""
     _llmock.call("reset", {})
     return _llmock
-
-
-def free_port() -> int:
-    """Return a port at which nobody listens."""
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return int(bound.getsockname()[1])

@@ -17,18 +17,13 @@ import psutil
 import ray
 from ray._raylet import GcsClient
 
+from tests.builders import free_port
 from tests.kills import ROOT, wait_until
 from tests.models import HashModel
 
 RAY = str(Path(sys.executable).with_name("ray"))
 TRIES = 3
 START_S = 150
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Node:

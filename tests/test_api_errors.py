@@ -23,7 +23,8 @@ from engine.errors import (
     Stopped,
 )
 from engine.models.base import PROBE
-from tests.api_servers import DIMENSION, KEY, OWN, assert_right, free_port, numbered
+from tests.api_servers import DIMENSION, KEY, OWN, assert_right, numbered
+from tests.builders import free_port
 from tests.strict_server import ROOT
 
 pytest_plugins = ("tests.api_servers",)

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from tests.builders import free_port
 from tests.kills import FAILING, ROOT, Job, wait_until
-from tests.ray_nodes import RAY, calls, free_port
+from tests.ray_nodes import RAY, calls
 from tests.strict_server import serving
 
 pytestmark = pytest.mark.ray

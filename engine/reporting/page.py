@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError
+from engine.wording import dollars, size
 
 PLOTLY_MISSING = "a report needs Plotly and Jinja, which are not installed: pip install 'embedding-engine[report]'"
 
@@ -110,23 +111,12 @@ def _data(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _count(number: float) -> str:
+def grouped(number: float) -> str:
+    """Return a whole number with its thousands apart."""
     return f"{number:,.0f}"
 
 
-def _size(num_bytes: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "bytes" or num_bytes >= 100 else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} TB"
-
-
-def _dollars(amount: float) -> str:
-    return f"${amount:,.2f}" if amount >= 1 else f"${amount:.3g}"
-
-
-def _brief(number: float) -> str:
+def brief(number: float) -> str:
     """Return a number of few characters: 12.4 k, 3.1 M."""
     for limit, unit in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
         if number >= limit:
@@ -134,4 +124,4 @@ def _brief(number: float) -> str:
     return f"{number:,.3g}" if number < 100 else f"{number:,.0f}"
 
 
-FILTERS = {"count": _count, "size": _size, "dollars": _dollars, "brief": _brief}
+FILTERS = {"count": grouped, "size": size, "dollars": dollars, "brief": brief}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from engine.reporting import figures, page
+from engine.reporting import figures
 from engine.reporting.health import NEAR
-from engine.wording import duration
+from engine.reporting.page import brief, grouped
+from engine.wording import dollars, duration, size
 
 if TYPE_CHECKING:
     from engine.config import JobConfig
@@ -23,35 +24,35 @@ SHOWN_ROWS = 4
 
 def tiles_of(facts: Facts, pending_rows: int | None) -> list[tuple[str, str, str]]:
     """Return the numbers that come first: value, name, and what is to be said beside them."""
-    tally, count = facts.tally, page.FILTERS["count"]
-    left = "" if pending_rows is None else "nothing left to do" if not pending_rows else f"{count(pending_rows)} left"
+    tally = facts.tally
+    left = "" if pending_rows is None else "nothing left to do" if not pending_rows else f"{grouped(pending_rows)} left"
     total = tally.num_rows + tally.num_rejects
     tiles = [
-        (count(tally.num_rows), "rows", left),
-        (count(tally.num_rejects), "rejects", f"{tally.num_rejects / total:.2%} of all" if tally.num_rejects else ""),
+        (grouped(tally.num_rows), "rows", left),
+        (grouped(tally.num_rejects), "rejects", f"{tally.num_rejects / total:.2%} of all" if tally.num_rejects else ""),
     ]
     if tally.num_tokens:
         tiles.append(
             (
-                page.FILTERS["brief"](tally.num_tokens),
+                brief(tally.num_tokens),
                 "tokens",
                 f"{tally.num_tokens / max(tally.num_rows, 1):,.1f} a row",
             )
         )
     if tally.cost is not None:
-        tiles.append((page.FILTERS["dollars"](tally.cost), "cost", ""))
+        tiles.append((dollars(tally.cost), "cost", ""))
     tiles += [
-        (count(facts.dimension), "dimensions", "float32"),
-        (page.FILTERS["size"](facts.num_bytes), "of parts", f"{count(tally.num_shards)} shards"),
+        (grouped(facts.dimension), "dimensions", "float32"),
+        (size(facts.num_bytes), "of parts", f"{grouped(tally.num_shards)} shards"),
     ]
     if facts.runs:
-        tiles.append((count(len(facts.runs)), "runs", str(facts.runs[0].get("outcome") or "")))
+        tiles.append((grouped(len(facts.runs)), "runs", str(facts.runs[0].get("outcome") or "")))
     return tiles
 
 
 def work_of(facts: Facts, sessions: list[Session], limit: float | None) -> list[tuple[str, str]]:
     """Return what is said of the speed, of devices and of a provider: name and value."""
-    tally, count = facts.tally, page.FILTERS["count"]
+    tally = facts.tally
     seconds = sum(session.seconds for session in sessions)
     rows: list[tuple[str, str]] = []
     if seconds:
@@ -64,7 +65,7 @@ def work_of(facts: Facts, sessions: list[Session], limit: float | None) -> list[
                 f"{duration(seconds)}, {sessions[0].start:%Y-%m-%d %H:%M} to {sessions[-1].stop:%Y-%m-%d %H:%M} UTC{pauses}",
             )
         )
-        tokens = f", {count(tally.num_tokens / seconds)} tokens/s" if tally.num_tokens else ""
+        tokens = f", {grouped(tally.num_tokens / seconds)} tokens/s" if tally.num_tokens else ""
         rows.append(("mean", f"{tally.num_rows / seconds:,.4g} rows/s{tokens}"))
     if facts.embed_s:
         rows.append(("model time", f"{duration(facts.embed_s)}, added up over actors"))
@@ -74,38 +75,40 @@ def work_of(facts: Facts, sessions: list[Session], limit: float | None) -> list[
     if facts.idle_share is not None:
         rows.append(("device waited", f"{facts.idle_share:.1%} of its time"))
     if facts.padding_share is not None:
-        rows.append(("padding", f"{facts.padding_share:.1%} of {count(tally.padded_tokens)} tokens that were computed"))
+        rows.append(
+            ("padding", f"{facts.padding_share:.1%} of {grouped(tally.padded_tokens)} tokens that were computed")
+        )
     return rows + _asked(facts, seconds, limit)
 
 
 def _asked(facts: Facts, seconds: float, limit: float | None) -> list[tuple[str, str]]:
     """Return what is said of a provider; nothing if none was asked."""
-    asked, count = facts.tally.asked, page.FILTERS["count"]
+    asked = facts.tally.asked
     if not asked["num_requests"]:
         return []
     rows = [
         (
             "provider",
-            f"{count(asked['num_requests'])} requests, {count(asked['num_refusals'])} refusals, {count(asked['num_retries'])} retries",
+            f"{grouped(asked['num_requests'])} requests, {grouped(asked['num_refusals'])} refusals, {grouped(asked['num_retries'])} retries",
         )
     ]
     rate = facts.tally.num_tokens / max(seconds, 1) * 60
     if limit:
-        rows.append(("of the limit", f"{rate / limit:.0%} of {count(limit)} tokens/min, over the time worked"))
+        rows.append(("of the limit", f"{rate / limit:.0%} of {grouped(limit)} tokens/min, over the time worked"))
     else:
         rows.append(
-            ("of the limit", f"{count(rate)} tokens/min; neither the job nor a run's record says what is allowed")
+            ("of the limit", f"{grouped(rate)} tokens/min; neither the job nor a run's record says what is allowed")
         )
     return rows
 
 
 def run_of(run: dict[str, Any]) -> dict[str, str]:
     """Return what is shown of a run, all of it text: its record may lack anything."""
-    result, count = run.get("result") or {}, page.FILTERS["count"]
+    result = run.get("result") or {}
 
     def number(name: str) -> str:
         value = result.get(name)
-        return count(value) if isinstance(value, (int, float)) else ""
+        return grouped(value) if isinstance(value, (int, float)) else ""
 
     seconds, rate = result.get("seconds"), result.get("rows_per_s")
     return {
@@ -139,12 +142,12 @@ def said_of_lengths(config: JobConfig, sample: Sample) -> str:
 
 def texts_of(facts: Facts) -> list[tuple[str, str]]:
     """Return what became of texts: name and number."""
-    asked, count = facts.tally.asked, page.FILTERS["count"]
+    asked = facts.tally.asked
     if not asked["num_requests"]:
         return [("cut or chunked, duplicates", "not counted for models that run here")]
     return [
-        ("longer than the model takes", count(asked["num_long"])),
-        ("duplicates, not sent again", count(asked["num_duplicates"])),
+        ("longer than the model takes", grouped(asked["num_long"])),
+        ("duplicates, not sent again", grouped(asked["num_duplicates"])),
     ]
 
 
