@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import logging
 import os
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RUNS = "_engine/runs"
+MAX_RUNS = 1000
+"""That are read, the last by name."""
 PACKAGES = ("ray", "pyarrow", "torch", "sentence-transformers", "openvino", "openai", "cohere")
 """Whose versions may matter to who looks back."""
 
@@ -77,15 +80,20 @@ def recorded(storage: Storage) -> Iterator[Entry]:
             logger.warning("the summary of the run is not written: %s", error.message)
 
 
-def entries(storage: Storage) -> list[Entry]:
-    """Return the summaries of all runs, the first one first; what cannot be read is left out."""
-    found = []
-    for name in sorted(storage.names(RUNS)):
+def last_runs(storage: Storage) -> tuple[list[dict[str, Any]], int]:
+    """Return what the last runs left about themselves, the last first, and how many such files cannot be read."""
+    found, num_unreadable = [], 0
+    names = (name for name in storage.names(RUNS) if name.endswith(".json"))
+    for name in heapq.nlargest(MAX_RUNS, names):
         try:
-            found.append(Entry(**json.loads(storage.read(f"{RUNS}/{name}"))))
-        except (ValueError, TypeError, FileNotFoundError):
-            logger.warning("%s/%s cannot be read, and is left out", RUNS, name)
-    return found
+            run = json.loads(storage.read(f"{RUNS}/{name}"))
+        except (OSError, ValueError):
+            run = None
+        if isinstance(run, dict) and isinstance(run.get("result") or {}, dict):
+            found.append(run)
+        else:
+            num_unreadable += 1
+    return sorted(found, key=lambda run: str(run.get("started_at")), reverse=True), num_unreadable
 
 
 def _now() -> str:

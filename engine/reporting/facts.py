@@ -11,7 +11,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import CorruptOutput
-from engine.history import RUNS
+from engine.history import last_runs
 from engine.ledger import REJECTS
 from engine.reporting.timeline import Timeline
 from engine.schema import OTHER_REASONS, Receipt, idle_share, padding_share
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from engine.ledger import Ledger
     from engine.schema import CommitRecord
 
-MAX_RUNS = 1000
-"""That are read, the last by name."""
 SAMPLED_PARTS = 64
 """That vectors are sampled from."""
 REJECT_FILES = 200
@@ -105,7 +103,7 @@ def facts_of(ledger: Ledger) -> Facts:
         facts.add(record)
     if facts.tally.num_rejects:
         facts.examples = _examples(ledger)
-    facts.runs, facts.num_unreadable_runs = _runs(ledger)
+    facts.runs, facts.num_unreadable_runs = last_runs(ledger.storage)
     return facts
 
 
@@ -137,22 +135,6 @@ def _path_of(ledger: Ledger, shard_id: str) -> str:
         return ledger.record(shard_id).path
     except CorruptOutput:
         return ""
-
-
-def _runs(ledger: Ledger) -> tuple[list[dict[str, Any]], int]:
-    """Return what the last runs left about themselves, the last first, and how many such files cannot be read."""
-    found, num_unreadable = [], 0
-    names = (name for name in ledger.storage.names(RUNS) if name.endswith(".json"))
-    for name in heapq.nlargest(MAX_RUNS, names):
-        try:
-            run = json.loads(ledger.storage.read(f"{RUNS}/{name}"))
-        except (OSError, ValueError):
-            run = None
-        if isinstance(run, dict) and isinstance(run.get("result") or {}, dict):
-            found.append(run)
-        else:
-            num_unreadable += 1
-    return sorted(found, key=lambda run: str(run.get("started_at")), reverse=True), num_unreadable
 
 
 def reasons_of(facts: Facts) -> list[tuple[str, int, list[Example]]]:
