@@ -84,7 +84,7 @@ class LocalStorage:
             finally:
                 with suppress(FileNotFoundError):
                     staging.unlink()
-            _sync_folder(final.parent)
+            sync_folder(final.parent)
         return True
 
     def read(self, name: str) -> bytes:
@@ -99,7 +99,7 @@ class LocalStorage:
     def persist(self, name: str) -> None:
         """Make sure that `name`, which another writer created and may not have lived to sync, survives a power cut."""
         with _explained(self.root):
-            _sync_folder(self._path(name).parent)
+            sync_folder(self._path(name).parent)
 
     def sizes(self, folder: str) -> Iterator[tuple[str, int]]:
         """Yield the name below `folder`, and the size in bytes, of each file in it; nothing if there is no such folder."""
@@ -121,8 +121,8 @@ class LocalStorage:
                 self._path(name).rename(target)
             except FileNotFoundError:
                 return False
-            _sync_folder(target.parent)
-            _sync_folder(self._path(name).parent)
+            sync_folder(target.parent)
+            sync_folder(self._path(name).parent)
         return True
 
     def replace(self, name: str, data: bytes) -> None:
@@ -191,7 +191,7 @@ class LocalStorage:
                 f"{path} is in the way: it must be a folder; move it, or use another output folder"
             ) from None
         for made in missing:
-            _sync_folder(made.parent)
+            sync_folder(made.parent)
         self._known.add(str(path))
 
 
@@ -211,7 +211,8 @@ def open_storage(location: str) -> Storage:
     return LocalStorage(str(path))
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

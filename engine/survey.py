@@ -72,6 +72,21 @@ def survey(config: JobConfig) -> Survey:
     return Survey(standing, pinned, identity, ledger, job)
 
 
+def opened(output: str) -> tuple[Ledger, Job]:
+    """
+    Open an output that is there.
+
+    Raises:
+        ConfigError: If there is no output.
+        CorruptOutput: If its job.json cannot be read.
+    """
+    ledger = Ledger(open_storage(output))
+    job = ledger.job()
+    if job is None:
+        raise ConfigError(f"{output} is not an output of the engine: it has no _engine/job.json; check the path")
+    return ledger, job
+
+
 def resurvey(output: str) -> tuple[Ledger, Job, Standing | None, EngineError | None]:
     """
     Open an output, and compare it with the source that it was begun with. The model is not looked for.
@@ -83,10 +98,7 @@ def resurvey(output: str) -> tuple[Ledger, Job, Standing | None, EngineError | N
         ConfigError: If there is no output.
         CorruptOutput: If its job.json cannot be read.
     """
-    ledger = Ledger(open_storage(output))
-    job = ledger.job()
-    if job is None:
-        raise ConfigError(f"{output} is not an output of the engine: it has no _engine/job.json; check the path")
+    ledger, job = opened(output)
     config = stored_config(job, output)
     try:
         inventory = list_inputs(config.source)

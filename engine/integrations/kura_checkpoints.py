@@ -26,11 +26,11 @@ import pyarrow.parquet as pq
 import xxhash
 from kura.types import Conversation, ConversationSummary
 
-from engine.errors import ConfigError, CorruptOutput, EngineError, Refused, SourceError
+from engine.errors import ConfigError, EngineError, Refused, SourceError
 from engine.integrations.kura_formats import read_checkpoint
-from engine.ledger import Ledger, rejects_name
 from engine.part import vectors_of
-from engine.storage import open_storage
+from engine.storage import sync_folder
+from engine.survey import opened
 
 SCHEMA = pa.schema([("id", pa.string()), ("text", pa.string()), ("metadata", pa.string())])
 CONTENT_HASH = b"embedding_engine_content"
@@ -130,35 +130,21 @@ def _items(checkpoint: str | Path | Iterable[_Item], name: str, kind: type[_Item
 
 def _vectors(output: str, reasons: dict[str, str]) -> Iterator[tuple[str, np.ndarray[Any, np.dtype[np.float32]]]]:
     """Yield the ids among `reasons` that have a vector, shard by shard, and put the reasons of rejects in."""
-    ledger = Ledger(open_storage(output))
-    job = ledger.job()
-    if job is None:
-        raise ConfigError(f"{output} is not an output of the engine: it has no _engine/job.json; check the path")
+    ledger, job = opened(output)
     column = job.config.get("id_column")
     if column is None:
         raise ConfigError(
             f"{output} was made without id_column, so that its ids are not chat ids: run with id_column=id"
         )
     for record in ledger.records():
-        table = ledger.part(record.shard_id).table
-        vectors = vectors_of(table)
-        for number, chat_id in enumerate(table.column(column).to_pylist()):
+        part = ledger.part(record.shard_id)  # it has its rejects in it
+        vectors = vectors_of(part.table)
+        for number, chat_id in enumerate(part.table.column(column).to_pylist()):
             if chat_id in reasons:
                 yield chat_id, vectors[number]
-        if record.num_rejects:
-            for reject in _rejects(ledger, record.shard_id):
-                if reject["id"] in reasons:
-                    reasons[reject["id"]] = reject["reason"]
-
-
-def _rejects(ledger: Ledger, shard_id: str) -> list[dict[str, Any]]:
-    name = rejects_name(shard_id)
-    try:
-        return [json.loads(line) for line in ledger.storage.read(name).splitlines()]
-    except (FileNotFoundError, ValueError) as error:
-        raise CorruptOutput(
-            f"the rejects {name} cannot be read ({type(error).__name__}); `engine verify OUT` says more"
-        ) from None
+        for reject in part.rejects:
+            if reject.id in reasons:
+                reasons[reject.id] = reject.reason
 
 
 def _to_source(items: Iterable[_Item], folder: Path, name: str, text: Callable[[_Item], str]) -> Path:
@@ -217,11 +203,7 @@ def _published(staging: Path, final: Path) -> bool:
         os.link(staging, final)
     except FileExistsError:
         return False
-    folder = os.open(final.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(final.parent)
     return True
 
 
