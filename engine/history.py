@@ -11,13 +11,12 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
 from engine.lease import user_name
-from engine.schema import canonical_json
+from engine.schema import canonical_json, utc_now
 from engine.version import __version__
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ class Entry:
 def recorded(storage: Storage) -> Iterator[Entry]:
     """Write a summary of what happens inside, however it ends; what cannot be written is not worth failing a run for."""
     entry = Entry(
-        started_at=_now(), host=platform.node(), user=user_name(), pid=os.getpid(), versions=dict(_versions())
+        started_at=utc_now(), host=platform.node(), user=user_name(), pid=os.getpid(), versions=dict(_versions())
     )
     try:
         yield entry
@@ -70,7 +69,7 @@ def recorded(storage: Storage) -> Iterator[Entry]:
         entry.error = type(error).__name__
         raise
     finally:
-        entry.ended_at = _now()
+        entry.ended_at = utc_now()
         stamp = entry.started_at.translate(str.maketrans("", "", "-:")).partition("+")[0]
         try:
             storage.create(
@@ -94,10 +93,6 @@ def last_runs(storage: Storage) -> tuple[list[dict[str, Any]], int]:
         else:
             num_unreadable += 1
     return sorted(found, key=lambda run: str(run.get("started_at")), reverse=True), num_unreadable
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _versions() -> Iterator[tuple[str, str]]:

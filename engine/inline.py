@@ -7,10 +7,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from engine.config import ModelConfig, validated
-from engine.errors import ConfigError, EngineError
+from engine.errors import EngineError
 from engine.models import registry
 from engine.models.loop_thread import LoopThread
-from engine.sources.texts import reject_reason
+from engine.sources.texts import check_list, reject_reason
 
 if TYPE_CHECKING:
     from engine.models.base import BaseEmbeddingModel, Embeddings, Vectors
@@ -30,8 +30,7 @@ def embed(texts: Sequence[str], **options: Any) -> Vectors:
     Raises:
         EngineError: If a text cannot be embedded; says which, by position, and why.
     """
-    if isinstance(texts, str):
-        raise ConfigError("embed takes a list of texts; for one text, give a list of one")
+    check_list(texts)
     for position, text in enumerate(texts):
         if (reason := reject_reason(text)) is not None:
             raise EngineError(f"text {position} cannot be embedded: {reason}")

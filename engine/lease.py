@@ -25,14 +25,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import psutil
 
 from engine.errors import EngineError, OutputInUse
-from engine.schema import canonical_json
+from engine.schema import canonical_json, utc_now
 
 if TYPE_CHECKING:
     from engine.storage import Storage
@@ -77,7 +76,7 @@ class Holder:
             pid=os.getpid(),
             process_started=psutil.Process().create_time(),
             place=_place(),
-            since=datetime.now(UTC).isoformat(timespec="seconds"),
+            since=utc_now(),
         )
 
     def is_running(self) -> bool | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from engine.errors import ConfigError, CorruptOutput, EngineError, Refused, Sour
 from engine.ledger import Ledger
 from engine.models import registry
 from engine.planning import Plan, choose_shard_rows, make_plan
-from engine.schema import FORMAT_VERSION, Job, fingerprint_of
+from engine.schema import FORMAT_VERSION, Job, fingerprint_of, utc_now
 from engine.sources.inventory import Inventory, absolute, list_inputs
 from engine.sources.parquet import FileShape, read_shapes
 from engine.storage import open_storage
@@ -148,7 +147,7 @@ def _job(config: JobConfig, identity: dict[str, Any], inventory: Inventory, shap
         base=inventory.base,
         kept_types=dict(shapes[0].kept_types) if shapes else {},
         config=config.model_dump(mode="json") | {"source": [absolute(source) for source in config.source]},
-        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        created_at=utc_now(),
         engine_version=__version__,
         format_version=FORMAT_VERSION,
     )

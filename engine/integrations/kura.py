@@ -21,7 +21,7 @@ from engine.models.base import Vectors
 from engine.models.loop_thread import LoopThread
 from engine.models.openai import OpenAIEmbeddingModel as EngineOpenAI
 from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel as EngineSentenceTransformer
-from engine.sources.texts import reject_reason
+from engine.sources.texts import check_list, reject_reason
 
 try:
     from kura.base_classes import BaseEmbeddingModel
@@ -80,8 +80,7 @@ class EngineEmbeddingModel(BaseEmbeddingModel):  # type: ignore[misc] # Kura has
             InputRejected: If texts cannot be embedded; names their positions and the reasons. Kura needs a vector for each.
             ProviderError: If the model fails whatever the text.
         """
-        if isinstance(texts, str):
-            raise ConfigError("embed takes a list of texts; for one text, give a list of one")
+        check_list(texts)
         return await self._thread.run(self._embedded(list(texts)))
 
     async def close(self) -> None:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from engine.models.base import BaseEmbeddingModel, Embeddings, Vectors
 from engine.models.loop_thread import LoopThread
 from engine.pipeline.budget import Shared, join
 from engine.pipeline.parcel import Item, pack, unpack
-from engine.schema import EMBEDDING, SOURCE_ROW, Reject, Usage, vectors_type
+from engine.schema import EMBEDDING, SOURCE_ROW, Reject, Usage, utc_now, vectors_type
 from engine.sources import texts as text_checks
 
 logger = logging.getLogger(__name__)
@@ -131,7 +130,7 @@ class EmbedWorker:
                 device=getattr(self._model, "device", ""),
                 backend=getattr(self._model, "backend", ""),
                 slug=self._model.slug() if self._work.model.provider == registry.CUSTOM else "",
-                created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                created_at=utc_now(),
             )
             rows = self._kept_columns(item)
             survivors = rows if len(kept) == rows.num_rows else rows.take(pa.array(kept, pa.int64()))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from engine.reporting import figures
 from engine.reporting.health import NEAR
 from engine.reporting.page import brief, grouped
-from engine.wording import dollars, duration, size
+from engine.wording import dollars, duration, size, snippet
 
 if TYPE_CHECKING:
     from engine.config import JobConfig
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SHOWN_PAIRS = 20
 SHOWN_SETS = 5
+LINE_WIDTH = 90
 SHOWN_ROWS = 4
 """Of a set of identical vectors."""
 
@@ -171,18 +172,20 @@ def vectors_of(sample: Sample, health: Health) -> dict[str, Any]:
         "facts": facts,
         "has_texts": texts is not None,
         "pairs": [
-            (f"{cosine:.4f}", *((sample.ids[row], _line(texts[row]) if texts else "") for row in (one, other)))
+            (
+                f"{cosine:.4f}",
+                *((sample.ids[row], snippet(texts[row], LINE_WIDTH) if texts else "") for row in (one, other)),
+            )
             for cosine, one, other in health.pairs[:SHOWN_PAIRS]
         ],
         "num_pairs": health.num_pairs,
         "identical": [
-            (len(rows), [sample.ids[row] for row in rows[:SHOWN_ROWS]], _line(texts[rows[0]]) if texts else "")
+            (
+                len(rows),
+                [sample.ids[row] for row in rows[:SHOWN_ROWS]],
+                snippet(texts[rows[0]], LINE_WIDTH) if texts else "",
+            )
             for rows in health.identical[:SHOWN_SETS]
         ],
         "odd": [sample.ids[row] for row in health.odd_norms[:SHOWN_PAIRS]],
     }
-
-
-def _line(text: str) -> str:
-    line = " / ".join(part.strip() for part in text.splitlines() if part.strip())
-    return line if len(line) <= 90 else line[:89] + "…"

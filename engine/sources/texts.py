@@ -7,6 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from engine.errors import ConfigError
+
 NULL = "null"
 EMPTY = "empty text"
 BLANK = "blank text"
@@ -25,6 +27,12 @@ def reject_reason(value: Any) -> str | None:
     if value.isspace():
         return BLANK
     return None if _encodable(value) else SURROGATE
+
+
+def check_list(texts: Any) -> None:
+    """Raise ConfigError if texts are a single text, whose characters would be taken for them."""
+    if isinstance(texts, str):
+        raise ConfigError("embed takes a list of texts; for one text, give a list of one")
 
 
 def split(values: Iterable[Any]) -> tuple[list[str], list[int], dict[int, str]]:
