@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from engine.config import ModelConfig, validated
+from engine.config import validated
 from engine.errors import EngineError
+from engine.model_config import ModelConfig
 from engine.models import registry
 from engine.models.loop_thread import LoopThread
 from engine.sources.texts import check_list, reject_reason

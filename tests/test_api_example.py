@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from engine.config import ModelConfig
+from engine.model_config import ModelConfig
 from engine.models import registry
 from tests.kills import ROOT
 from tests.strict_server import serving, vector

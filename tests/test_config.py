@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 import engine
-from engine.config import DEFAULT_MODEL, JobConfig, ModelConfig, load_config, validated
+from engine.config import JobConfig, load_config, validated
 from engine.errors import ConfigError
+from engine.model_config import DEFAULT_MODEL, ModelConfig
 from engine.models.openai import OpenAIEmbeddingModel
 from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel
 

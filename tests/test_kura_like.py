@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from engine.config import ModelConfig
 from engine.errors import ConfigError, ProviderError
+from engine.model_config import ModelConfig
 from engine.models import registry
 
 

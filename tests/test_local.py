@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.config import ModelConfig
 from engine.errors import ConfigError
+from engine.model_config import ModelConfig
 from engine.models import local, registry
 from engine.models.sentence_transformer import WORTH_CONVERTING_BYTES, SentenceTransformerEmbeddingModel
 from tests.models import HashModel

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import engine
-from engine.config import ModelConfig
 from engine.errors import AuthenticationFailed, ConfigError, EngineError, InputRejected, ProviderError
+from engine.model_config import ModelConfig
 from engine.models import registry
 from engine.models.base import PROBE, Embeddings
 from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel

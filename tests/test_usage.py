@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from engine.config import ModelConfig
 from engine.ledger import Ledger
+from engine.model_config import ModelConfig
 from engine.models import registry
 from engine.pipeline.parcel import Item, pack, unpack
 from engine.pipeline.worker import EmbedWorker, Work

@@ -13,8 +13,9 @@ import gc
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from engine.config import DEFAULT_MODEL, ModelConfig, validated
+from engine.config import validated
 from engine.errors import ConfigError, InputRejected
+from engine.model_config import DEFAULT_MODEL, ModelConfig
 from engine.models import registry
 from engine.models.base import BaseEmbeddingModel as EngineModel
 from engine.models.base import Vectors

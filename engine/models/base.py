@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from engine.config import ModelConfig
 from engine.errors import ConfigError, InputRejected, ProviderError
+from engine.model_config import ModelConfig
 
 if TYPE_CHECKING:
     from engine.models.api.budget import BudgetPort

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from engine.config import ModelConfig
 from engine.errors import ConfigError, Unavailable
+from engine.model_config import ModelConfig
 from engine.models.api.answers import Malformed, Reply, stacked
 from engine.models.api.limits import limits_of
 from engine.models.api.model import ApiEmbeddingModel, key_from

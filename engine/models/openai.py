@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from engine.config import ModelConfig
 from engine.errors import ConfigError, Unavailable
+from engine.model_config import ModelConfig
 from engine.models.api.answers import Reply, decoded
 from engine.models.api.limits import limits_of
 from engine.models.api.model import ApiEmbeddingModel, key_from

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from engine.config import ModelConfig
 from engine.errors import ConfigError
+from engine.model_config import ModelConfig
 from engine.models.base import BaseEmbeddingModel
 from engine.models.duck import has_interface, wrapped
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from engine.config import ModelConfig
 from engine.errors import ConfigError
+from engine.model_config import ModelConfig
 from engine.models import model_files
 from engine.models.base import BaseEmbeddingModel, Embeddings, usable
 

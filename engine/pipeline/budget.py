@@ -20,7 +20,7 @@ from engine.models.api.limits import Limits
 from engine.schema import LEFT
 
 if TYPE_CHECKING:
-    from engine.config import ModelConfig
+    from engine.model_config import ModelConfig
     from engine.models.base import BaseEmbeddingModel
     from engine.schema import Receipt
 

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from engine.config import ModelConfig
 from engine.errors import EngineError, ProviderError, Refused
+from engine.model_config import ModelConfig
 from engine.models import registry
 from engine.models.api.prices import dollars
 from engine.models.base import BaseEmbeddingModel, Embeddings, Vectors

@@ -10,8 +10,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from engine.config import ModelConfig
 from engine.errors import ConfigError, InputRejected
+from engine.model_config import ModelConfig
 from engine.models.api.answers import Reply
 from engine.models.api.budget import Budget, BudgetPort
 from engine.models.api.dispatcher import Dispatcher

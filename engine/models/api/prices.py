@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.config import ModelConfig
+from engine.model_config import ModelConfig
 
 MILLION = 1_000_000
 DOLLARS_PER_MILLION_TOKENS = {
