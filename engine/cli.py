@@ -33,7 +33,8 @@ from engine.version import __version__
 
 if TYPE_CHECKING:
     from engine.config import JobConfig
-    from engine.results import Result, RunResult
+    from engine.result import Result
+    from engine.results import RunResult
 
 _Result = TypeVar("_Result", bound="Result")
 

@@ -14,7 +14,7 @@ from engine.models.api.prices import dollars, price_of
 from engine.models.api.rate import PACE
 from engine.models.api.tokens import weight
 from engine.planning import parcels
-from engine.results import Forecast
+from engine.provider_use import Forecast
 from engine.sources import texts as text_checks
 from engine.sources.parquet import read_files
 

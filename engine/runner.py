@@ -15,7 +15,8 @@ from engine.interrupts import interruptible, sigterm_interrupts
 from engine.models import registry
 from engine.models.api.prices import MILLION, price_of
 from engine.planning import parcels
-from engine.results import Finding, PlanResult, ProviderUse, RunResult, StatusResult
+from engine.provider_use import ProviderUse
+from engine.results import Finding, PlanResult, RunResult, StatusResult
 from engine.survey import resurvey, survey
 from engine.tally import ASKED, Tally
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from engine.models.api.limits import Limits
-from engine.results import ProviderUse, RunResult
+from engine.provider_use import ProviderUse
+from engine.results import RunResult
 from engine.schema import OTHER_REASONS, idle_share, padding_share
 
 if TYPE_CHECKING:

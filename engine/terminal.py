@@ -9,7 +9,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from engine.results import Result, VerifyResult
+    from engine.result import Result
+    from engine.results import VerifyResult
 
 LABEL_WIDTH = 10
 MAX_FINDINGS = 20

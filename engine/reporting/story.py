@@ -14,7 +14,7 @@ from engine.reporting.health import health_of
 from engine.reporting.projection import map_of
 from engine.reporting.sample import sample_of
 from engine.reporting.signs import signs
-from engine.results import Result
+from engine.result import Result
 from engine.survey import resurvey, stored_config
 from engine.version import __version__
 from engine.wording import size
