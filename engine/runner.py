@@ -222,6 +222,8 @@ def _stream(
         nodes = cluster.capacity()
         entry.cluster = cluster.summary(nodes)
         chosen = resources.decide(asked.config, nodes, len(groups))
+        if chosen.lacking:
+            logger.warning("%s: waiting for a node that fits, until --stall-s", chosen.lacking)
         tally.num_actors = chosen.max_actors
         logger.info("embedding started: %d texts in %d shards", todo.pending_rows, len(todo.pending))
         on_event(PoolStarted(chosen.max_actors, chosen.kind))

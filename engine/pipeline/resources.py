@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,8 +9,6 @@ from engine.config import JobConfig
 from engine.errors import ConfigError
 from engine.models import registry
 from engine.models.base import Needs
-
-logger = logging.getLogger(__name__)
 
 LIGHT_CPUS = 0.06
 """Readers and publishers wait for disks. With a whole CPU each, they would stand still behind the actors, or the actors
@@ -38,8 +35,8 @@ class Resources:
     max_actors: int
     parcels_inside: int
     """Of an actor, at once."""
-    fits_now: bool = True
-    """Some node can hold an actor; else one has to be added."""
+    lacking: str = ""
+    """What an actor needs and no node has now; empty if one fits on some node."""
 
     @property
     def kind(self) -> str:
@@ -91,19 +88,15 @@ def decide(config: JobConfig, nodes: Sequence[Mapping[str, float]], num_parcels:
         num_cpus, num_gpus, num_threads = cores - RESERVED_CPUS, 0.0, cores
         need, has = f"{cores} CPUs", f"{max(cpus, default=0):g} CPUs"
     room = sum(rooms)
-    if room < 1 and config.num_actors is None:
+    lacking = "" if room >= 1 else f"an actor needs {need}, and the cluster's largest node has {has}"
+    if lacking and config.num_actors is None:
         raise ConfigError(
-            f"an actor needs {need}, and the cluster's largest node has {has}: ask for less (--gpus-per-actor, "
+            f"{lacking}: ask for less (--gpus-per-actor, "
             "--cpus-per-actor, --device cpu), or give --num-actors if an autoscaler will add nodes"
         )
     most = config.num_actors or room
     least = config.min_actors or min(most, max(room, 1), max(num_parcels, 1))
-    if room < 1:
-        logger.warning(
-            "an actor needs %s, and the cluster's largest node has %s: waiting for a node that fits, until --stall-s",
-            need, has,
-        )  # fmt: skip
-    return Resources(num_cpus, num_gpus, num_threads, min(least, most), most, needs.parcels_inside, fits_now=room >= 1)
+    return Resources(num_cpus, num_gpus, num_threads, min(least, most), most, needs.parcels_inside, lacking)
 
 
 def _without_device(config: JobConfig, needs: Needs, cpus: float, num_parcels: int) -> Resources:

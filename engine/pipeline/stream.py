@@ -57,7 +57,7 @@ class Stream:
         # A limit of one byte makes every row, which is a parcel, a block of its own.
         wanted = {
             "target_max_block_size": 1,
-            "execution_no_progress_timeout_s": self.stall_s or (STALL_S if self.resources.fits_now else NO_NODE_S),
+            "execution_no_progress_timeout_s": self.stall_s or (NO_NODE_S if self.resources.lacking else STALL_S),
             "autoscaling_config": AutoscalingConfig(actor_pool_util_upscaling_threshold=POOL_GROWS_AT),
         }
         with cluster.settings(**wanted), cluster.translated():
