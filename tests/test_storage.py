@@ -243,10 +243,10 @@ def fill_up(folder: str, free: int | None, out: str) -> str:
     return ""
 
 
-def fill_small_disk(folder: str) -> list[tuple[str, bool, bool]]:
-    """For each number of free blocks: the error's message, whether all names were whole, whether it worked with room."""
+def fill_small_disk(folder: str) -> list[tuple[str, bool, bool]] | None:
+    """For each number of free blocks: the error's message, whether all names were whole, whether it worked; None without a right to mount."""
     if not mount_small_disk(folder, 64 * SMALL_FILES * 8):
-        raise NotImplementedError
+        return None
     Path(folder, "expected").mkdir()
     fill_up(folder, None, f"{folder}/expected")
     expected = files(f"{folder}/expected")
@@ -274,9 +274,8 @@ def limit_file_size(root: str, num_bytes: int) -> str:
 
 def test_a_full_disk_is_explained_at_every_write(tmp_path):
     """A real disk with room for 0, 1, 2… blocks: each time an error, no half name, and success once there is room."""
-    try:
-        outcomes = Started(fill_small_disk, str(tmp_path)).result()
-    except NotImplementedError:  # no right to mount: every write fails with the error of a full disk instead
+    outcomes = Started(fill_small_disk, str(tmp_path)).result()
+    if outcomes is None:  # no right to mount: every write fails with the error of a full disk instead
         undisturbed_out = tmp_path / "undisturbed"
         publish(undisturbed_out)
         test_an_error_of_any_call_is_explained_and_leaves_no_half_name(
