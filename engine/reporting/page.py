@@ -36,7 +36,7 @@ def render(figures: dict[str, Any], **shown: Any) -> str:
         shown: What the template shows; all of it is escaped.
 
     Returns:
-        HTML. Its policy lets the browser run the three scripts that were put in here, by their hashes, and load nothing: even a
+        HTML. Its policy lets the browser run the scripts that were put in here, by their hashes, and load nothing: even a
         text that escaped its place could do nothing.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
