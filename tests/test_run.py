@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -327,9 +328,22 @@ def test_bad_input_is_one_message_and_writes_nothing(texts, tmp_path, options, e
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_that_failed_leaves_no_gpu_taken(texts, tmp_path):
+    """Though its error is kept, as a notebook keeps the last one: the next run finds all of the cluster."""
+    with pytest.raises(ProviderError) as kept:
+        run(texts, tmp_path / "out", model="custom:tests.models.BrokenModel", model_args={})
+    wait_until(are_all_gpus_free)
+    assert kept.value.message
+
+
+def are_all_gpus_free() -> bool:
+    gc.collect()  # Ray's executor may have been running yet as the run ended
+    return ray.available_resources().get("GPU") == 4
+
+
 def test_a_job_that_no_node_can_hold_says_so_and_ends(texts, tmp_path, caplog):
     """Instead of a wait without end: a warning at once, and an error that says what is free after --stall-s."""
-    wait_until(lambda: ray.available_resources().get("GPU") == 4)  # actors of the test before may be on their way out
+    wait_until(are_all_gpus_free)  # actors of the test before may be on their way out
     with pytest.raises(EngineError, match=r"nothing moved for as long as --stall-s allows.*4 GPU are free"):
         run(texts, tmp_path / "out", gpus_per_actor=8, num_actors=1, stall_s=3)
     assert (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import warnings
@@ -31,7 +32,11 @@ def connected(address: str | None) -> Iterator[None]:
         ConfigError: If there is no cluster at `address`.
     """
     if ray.is_initialized():
-        yield
+        try:
+            yield
+        except BaseException:
+            gc.collect()  # what an error came through in Ray is in cycles, handles to actors among it: until then they keep their GPUs
+            raise
         return
     # Ray's workers are nice to others by default, its own daemons among them, for which the models' threads would wait.
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -100,6 +105,7 @@ def translated() -> Iterator[None]:
     except Exception as error:
         found = _engine_error(error)
         if found is not None:
+            _let_go(error)
             found.args = (found.message.partition(RAYS_ADVICE)[0], *found.args[1:])
             raise found from None
         if isinstance(error, ActorDiedError):
@@ -119,6 +125,23 @@ def translated() -> Iterator[None]:
                 "Its logs are in /tmp/ray/session_latest/logs"
             ) from error
         raise
+
+
+def _let_go(error: BaseException) -> None:
+    """
+    Take the tracebacks off an error of Ray's and all that led to it.
+
+    Their frames have handles to actors: for as long as somebody kept the error, as a notebook does with its last one, an actor would keep
+    its GPU. They say where in Ray an error of ours came through, which nobody is shown.
+    """
+    left: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while left:
+        one = left.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            one.__traceback__ = None
+            left += [getattr(one, "cause", None), one.__cause__, one.__context__]
 
 
 def _who_waits() -> str:
