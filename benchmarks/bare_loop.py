@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from engine.config import load_config
@@ -13,7 +12,8 @@ from engine.models import registry
 from engine.pipeline import resources
 from engine.pipeline.worker import _set_threads
 from engine.sources import texts
-from engine.sources.parquet import read_shards
+from engine.sources.formats import read_shards
+from engine.sources.rows import Selection
 from engine.survey import survey
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ class BareLoop:
     def answers(self) -> Iterator[tuple[Embeddings, float]]:
         """Yield the model's answer to each shard, read as a reader of the engine reads it, and when it was there."""
         events = asyncio.new_event_loop()
-        for _, shards in groupby(self._pending, lambda shard: shard.file):
-            for table in read_shards(list(shards), [self._config.text_column]):
-                rows, _, _ = texts.split(texts.values_of(table.column(self._config.text_column)))
-                yield events.run_until_complete(self.model.embed_rows(rows)), time.perf_counter()
+        for rows in read_shards(self._pending, Selection.of(self._config)):
+            found, _, _ = texts.texts_in(rows)
+            yield events.run_until_complete(self.model.embed_rows(found)), time.perf_counter()

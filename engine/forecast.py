@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from engine.models import registry
@@ -16,7 +16,8 @@ from engine.models.api.tokens import weight
 from engine.planning import parcels
 from engine.provider_use import Forecast
 from engine.sources import texts as text_checks
-from engine.sources.parquet import read_files
+from engine.sources.formats import read_shards
+from engine.sources.rows import Selection
 
 if TYPE_CHECKING:
     from engine.config import JobConfig
@@ -102,12 +103,12 @@ class _Request:
 
 def _texts(config: JobConfig, groups: Sequence[Sequence[Shard]]) -> Iterator[tuple[list[str], int]]:
     """Yield the texts of each group, and how many rows of it have none that can be embedded; each file is read once."""
-    tables = read_files((shard for group in groups for shard in group), [config.text_column])
+    rows = read_shards((shard for group in groups for shard in group), replace(Selection.of(config), kept=()))
     for group in groups:
         texts: list[str] = []
         num_rejects = 0
         for _ in group:
-            found, _, reasons = text_checks.split(text_checks.values_of(next(tables).column(config.text_column)))
+            found, _, reasons = text_checks.texts_in(next(rows))
             texts += found
             num_rejects += len(reasons)
         yield texts, num_rejects

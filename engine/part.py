@@ -105,7 +105,7 @@ def decode(data: bytes, name: str) -> Part:
             table = parquet.read()
         about = json.loads(table.schema.metadata[PART_METADATA])
         shard_fields = about["shard"]
-        file = InputFile(shard_fields["path"], "", shard_fields["size"], shard_fields["mtime_ns"])
+        file = InputFile(shard_fields["path"], "", shard_fields["size"], shard_fields["version"])
         shard = Shard(shard_fields["id"], file, shard_fields["start"], shard_fields["stop"])
         rejects = tuple(Reject(**reject) for reject in about["rejects"])
         usage = Usage(**about["usage"])
@@ -118,7 +118,7 @@ def decode(data: bytes, name: str) -> Part:
         fingerprint=fingerprint,
         path=file.path,
         size=file.size,
-        mtime_ns=file.mtime_ns,
+        version=file.version,
         start=shard.start,
         stop=shard.stop,
         num_rows=table.num_rows,

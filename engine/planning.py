@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from engine.schema import Shard
-from engine.sources.parquet import FileShape
+from engine.sources.shape import FileShape
 
 MIN_SHARD_TEXT_BYTES = 256 * 1024
 """Text in a shard of a small job: seconds of work on a few cores."""

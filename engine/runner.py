@@ -270,15 +270,15 @@ def _budget(config: JobConfig, chosen: Resources, max_tokens: float | None, tall
 def _pipeline(asked: Survey, chosen: Resources, groups: Sequence[tuple[Shard, ...]], budget: Shared | None) -> Stream:
     from engine.pipeline.stream import Stream
     from engine.pipeline.worker import Work
+    from engine.sources.rows import Selection
 
     config = asked.config
     share = asked.standing.plan.pending_bytes // chosen.max_actors
     work = Work(
         model=registry.suited(config.of_model(), share),
         identity=asked.identity,
-        text_column=config.text_column,
+        selection=Selection.of(config, asked.job.kept_types),
         id_column=config.id_column,
-        columns=config.kept_columns,
         num_threads=chosen.num_threads,
         log_level=logging.getLogger("engine").getEffectiveLevel(),
         price=price_of(config),

@@ -19,10 +19,12 @@ import xxhash
 
 from engine.errors import CorruptOutput
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Of the output folder as a whole. It is in the fingerprint: parts of two formats never share an output."""
 
 EMBEDDING = "embedding"
+TEXT = "_text"
+"""Between a reader and an actor: never in a part."""
 SOURCE_ROW = "_source_row"
 MAX_REASONS = 20
 """That a record tells apart."""
@@ -60,7 +62,8 @@ class InputFile:
     location: str
     """Where to open it."""
     size: int
-    mtime_ns: int
+    version: str
+    """What changes when its content does: the time of change in nanoseconds on a disk, an ETag in an object store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ class Shard:
     @classmethod
     def of(cls, fingerprint: str, file: InputFile, start: int, stop: int) -> Shard:
         """Name the rows `start` to `stop` of `file`, embedded under `fingerprint`: another input or model, another id."""
-        key = canonical_json([fingerprint, file.path, file.size, file.mtime_ns, start, stop])
+        key = canonical_json([fingerprint, file.path, file.size, file.version, start, stop])
         return cls(content_hash(key), file, start, stop)
 
 
@@ -156,7 +159,7 @@ class CommitRecord:
     fingerprint: str
     path: str
     size: int
-    mtime_ns: int
+    version: str
     start: int
     stop: int
     num_rows: int

@@ -12,8 +12,10 @@ from engine.ledger import Ledger
 from engine.models import registry
 from engine.planning import Plan, choose_shard_rows, make_plan
 from engine.schema import FORMAT_VERSION, Job, fingerprint_of, utc_now
+from engine.sources.formats import read_shapes
 from engine.sources.inventory import Inventory, absolute, list_inputs
-from engine.sources.parquet import FileShape, read_shapes
+from engine.sources.rows import Selection
+from engine.sources.shape import FileShape
 from engine.storage import open_storage
 from engine.version import __version__
 
@@ -60,7 +62,7 @@ def survey(config: JobConfig) -> Survey:
     found = registry.pinned(config)
     pinned = config.model_copy(update={name: getattr(found, name) for name in ("model", "revision", "base_url")})
     identity = registry.identity(pinned)
-    shapes = read_shapes(inventory.files, text_column=config.text_column, kept=config.kept_columns)
+    shapes = read_shapes(inventory.files, Selection.of(config))
     asked = _job(pinned, identity, inventory, shapes)
     stored = ledger.job()
     if stored is not None:
@@ -101,7 +103,7 @@ def resurvey(output: str) -> tuple[Ledger, Job, Standing | None, EngineError | N
     config = stored_config(job, output)
     try:
         inventory = list_inputs(config.source)
-        shapes = read_shapes(inventory.files, text_column=config.text_column, kept=config.kept_columns)
+        shapes = read_shapes(inventory.files, Selection.of(config))
         return ledger, job, _compare(ledger, job, inventory, shapes), None
     except (SourceError, Refused, CorruptOutput) as error:
         return ledger, job, None, error
@@ -188,16 +190,16 @@ def _unknown_warnings(ledger: Ledger, todo: Plan, inventory: Inventory, job: Job
     if not todo.unknown:
         return []
     listed = {file.path: file for file in inventory.files}
-    same_file = {(file.size, file.mtime_ns): file for file in inventory.files}
+    same_file = {(file.size, file.version): file for file in inventory.files}
     absent: set[str] = set()
     for record in ledger.records(sorted(todo.unknown)):
         if (file := listed.get(record.path)) is not None:
             raise SourceChanged(
                 f"{file.location} changed since rows of it were committed (then {record.size} bytes of "
-                f"{_time_of(record.mtime_ns)}, now {file.size} of {_time_of(file.mtime_ns)}): restore it as it was, "
+                f"{_version(record.version)}, now {file.size} of {_version(file.version)}): restore it as it was, "
                 "or embed the new content into another output folder. What was committed is kept"
             )
-        if (file := same_file.get((record.size, record.mtime_ns))) is not None:
+        if (file := same_file.get((record.size, record.version))) is not None:
             raise SourceChanged(
                 f"{file.location} looks like {record.path} under another name, and rows of that are committed: name it as it was, "
                 "or use another output folder"
@@ -220,6 +222,6 @@ def _unknown_warnings(ledger: Ledger, todo: Plan, inventory: Inventory, job: Job
     return warnings
 
 
-def _time_of(mtime_ns: int) -> str:
-    """Return a file's time of change as `touch -d` takes it."""
-    return f"@{mtime_ns // 10**9}.{mtime_ns % 10**9:09}"
+def _version(version: str) -> str:
+    """Return a file's version for people: a time of change as `touch -d` takes it."""
+    return f"@{version[:-9]}.{version[-9:]}" if version.isdecimal() else version

@@ -14,7 +14,7 @@ import json
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -29,8 +29,9 @@ from engine.models import registry
 from engine.models.base import lowest_cosine
 from engine.part import Part, vectors_of
 from engine.results import Finding, VerifyResult
-from engine.schema import EMBEDDING, PART_METADATA, SOURCE_ROW, CommitRecord, InputFile, Shard
-from engine.sources.parquet import read_shards
+from engine.schema import EMBEDDING, PART_METADATA, SOURCE_ROW, TEXT, CommitRecord, InputFile, Shard
+from engine.sources.formats import read_shards
+from engine.sources.rows import Selection
 from engine.sources.texts import split, values_of
 from engine.survey import stored_config
 
@@ -174,6 +175,7 @@ class _Check:
             self.warnings.append("no row could be embedded again: no shard is whole and has its input")
             return None
         config = stored_config(self._job, self._ledger.root)
+        selection = replace(Selection.of(config), kept=())
         each = -(-num_rows // len(chosen))
         lowest = 1.0
         with asyncio.Runner() as loop:
@@ -182,7 +184,7 @@ class _Check:
             for shard_id in chosen:
                 stored = self._ledger.part(shard_id)
                 picked = sorted(chance.sample(range(stored.table.num_rows), min(each, stored.table.num_rows)))
-                texts = _texts_of(stored, picked, self._job.base, config.text_column)
+                texts = _texts_of(stored, picked, self._job.base, selection)
                 cosine = lowest_cosine(vectors_of(stored.table)[picked], loop.run(model.embed_rows(texts)).vectors)
                 lowest = min(lowest, cosine)
                 if cosine < LOWEST_COSINE[config.dtype]:
@@ -253,11 +255,11 @@ class _Check:
         return self._standing is not None and shard_id not in self._standing.plan.unknown | self._standing.lost
 
 
-def _texts_of(stored: Part, picked: list[int], base: str, text_column: str) -> list[str]:
+def _texts_of(stored: Part, picked: list[int], base: str, selection: Selection) -> list[str]:
     """Read the texts of some of a part's rows from its input."""
     record = stored.record
-    file = InputFile(record.path, str(Path(base, record.path)), record.size, record.mtime_ns)
+    file = InputFile(record.path, str(Path(base, record.path)), record.size, record.version)
     shard = Shard(record.shard_id, file, record.start, record.stop)
-    rows = np.asarray(stored.table.column(SOURCE_ROW))[picked] - record.start
-    column = next(read_shards([shard], [text_column])).column(text_column)
-    return split(values_of(column.take(pa.array(rows, pa.int64()))))[0]
+    wanted = np.asarray(stored.table.column(SOURCE_ROW))[picked] - record.start
+    column = next(read_shards([shard], selection)).table.column(TEXT)
+    return split(values_of(column.take(pa.array(wanted, pa.int64()))))[0]

@@ -53,7 +53,7 @@ SMALL_FILES = 4096
 
 
 def make_shard(num_rows: int = 10, *, path: str = "a.parquet", start: int = 0, fingerprint: str = FINGERPRINT) -> Shard:
-    return Shard.of(fingerprint, InputFile(path, f"/source/{path}", 1000, 12345), start, start + num_rows)
+    return Shard.of(fingerprint, InputFile(path, f"/source/{path}", 1000, "12345"), start, start + num_rows)
 
 
 def make_rejects(shard: Shard, rows: Sequence[int] = (3, 7)) -> list[Reject]:

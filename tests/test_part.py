@@ -31,7 +31,7 @@ def test_what_is_encoded_is_decoded():
     assert list(part.rejects) == make_rejects(shard)
     record = part.record
     assert (record.shard_id, record.fingerprint, record.usage) == (shard.id, FINGERPRINT, USAGE)
-    assert (record.path, record.size, record.mtime_ns) == (shard.file.path, shard.file.size, shard.file.mtime_ns)
+    assert (record.path, record.size, record.version) == (shard.file.path, shard.file.size, shard.file.version)
     assert (record.num_rows, record.num_rejects, record.reasons, record.dimension) == (8, 2, {"null": 2}, 4)
     assert (record.num_bytes, record.checksum) == (len(data), content_hash(data))
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from engine.models.base import BaseEmbeddingModel
 from engine.planning import MIN_SHARD_ROWS, choose_shard_rows, cut, make_plan, parcels
 from engine.schema import InputFile, Shard
-from engine.sources.parquet import FileShape
+from engine.sources.shape import FileShape
 from tests.builders import FINGERPRINT, make_shard
 
 settings.register_profile("tests", deadline=None, database=None, derandomize=True)
@@ -23,7 +23,7 @@ FILES = st.lists(GROUPS, max_size=6)
 
 
 def shape(groups, *, name: str = "a.parquet", row_bytes: int = 100, size: int = 1) -> FileShape:
-    file = InputFile(name, f"/source/{name}", size, 1)
+    file = InputFile(name, f"/source/{name}", size, "1")
     return FileShape(file=file, row_groups=tuple(groups), text_bytes=sum(groups) * row_bytes, kept_types=())
 
 
@@ -152,9 +152,9 @@ def test_committed_shards_that_no_file_has_are_named():
         Shard.of("e" * 32, make_shard().file, 0, 10),
         Shard.of(FINGERPRINT, make_shard().file, 0, 9),
         Shard.of(FINGERPRINT, make_shard().file, 1, 10),
-        Shard.of(FINGERPRINT, InputFile("b.parquet", "/source/a.parquet", 1000, 12345), 0, 10),
-        Shard.of(FINGERPRINT, InputFile("a.parquet", "/source/a.parquet", 1001, 12345), 0, 10),
-        Shard.of(FINGERPRINT, InputFile("a.parquet", "/source/a.parquet", 1000, 12346), 0, 10),
+        Shard.of(FINGERPRINT, InputFile("b.parquet", "/source/a.parquet", 1000, "12345"), 0, 10),
+        Shard.of(FINGERPRINT, InputFile("a.parquet", "/source/a.parquet", 1001, "12345"), 0, 10),
+        Shard.of(FINGERPRINT, InputFile("a.parquet", "/source/a.parquet", 1000, "12346"), 0, 10),
     ],
 )
 def test_another_input_job_or_range_is_another_shard(other):
@@ -164,7 +164,7 @@ def test_another_input_job_or_range_is_another_shard(other):
 
 def test_the_place_of_a_source_is_not_in_the_id():
     """The same files mounted elsewhere are the same shards."""
-    moved = InputFile("a.parquet", "/elsewhere/a.parquet", 1000, 12345)
+    moved = InputFile("a.parquet", "/elsewhere/a.parquet", 1000, "12345")
     assert Shard.of(FINGERPRINT, moved, 0, 10).id == make_shard().id
 
 

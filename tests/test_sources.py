@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from engine.errors import SourceChanged, SourceError
 from engine.planning import cut
-from engine.schema import SOURCE_ROW, InputFile, Shard
+from engine.schema import SOURCE_ROW, TEXT, InputFile, Shard
 from engine.sources import texts
+from engine.sources.formats import read_shapes, read_shards
 from engine.sources.inventory import list_inputs
-from engine.sources.parquet import read_shapes, read_shards
+from engine.sources.rows import Selection
 from tests.builders import FINGERPRINT, write_source
 
 settings.register_profile("tests", deadline=None, database=None, derandomize=True)
@@ -66,7 +67,7 @@ def test_a_file_is_known_by_its_size_and_its_time(folder):
     path = folder / "in/a.parquet"
     file = list_inputs([str(path)]).files[0]
     status = path.stat()
-    assert file == InputFile("a.parquet", str(path), status.st_size, status.st_mtime_ns)
+    assert file == InputFile("a.parquet", str(path), status.st_size, str(status.st_mtime_ns))
 
 
 def test_globs_match_files_at_any_depth(folder):
@@ -156,7 +157,7 @@ def test_a_shape_is_what_the_footer_says(tmp_path):
     """Rows of each group, the size of the text alone, and the types of the kept columns."""
     table = {"text": [f"text {row}" for row in range(10)], "id": list(range(10)), "wide": ["x" * 1000] * 10}
     file = write_source(tmp_path / "a.parquet", table, row_group_size=4, use_dictionary=False)
-    shape = read_shapes([file], text_column="text", kept=["id"])[0]
+    shape = read_shapes([file], Selection("text", ("id",)))[0]
     assert (shape.row_groups, shape.num_rows) == ((4, 4, 2), 10)
     assert 60 < shape.text_bytes < 1000
     assert shape.kept_types == (("id", "int64"),)
@@ -170,9 +171,9 @@ def test_every_kind_of_text_column_is_taken(tmp_path, kind):
     """Strings of any layout, bytes, dictionaries, and a column of nulls alone."""
     values = pa.nulls(3) if pa.types.is_null(kind) else pa.array(["a", None, "b"]).cast(kind)
     file = write_source(tmp_path / "a.parquet", {"text": values})
-    assert read_shapes([file], text_column="text", kept=[])[0].num_rows == 3
-    table = next(read_shards([Shard.of(FINGERPRINT, file, 0, 3)], ["text"]))
-    assert texts.values_of(table["text"]) == ([None] * 3 if pa.types.is_null(kind) else ["a", None, "b"])
+    assert read_shapes([file], Selection("text"))[0].num_rows == 3
+    table = next(read_shards([Shard.of(FINGERPRINT, file, 0, 3)], Selection("text"))).table
+    assert texts.values_of(table[TEXT]) == ([None] * 3 if pa.types.is_null(kind) else ["a", None, "b"])
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,7 @@ def test_a_column_that_is_missing_or_no_text_is_named(tmp_path, column, message)
     table = {"text": ["a"], "number": [1], "nested": [["a"]]}
     file = write_source(tmp_path / "a.parquet", table)
     with pytest.raises(SourceError, match=message) as caught:
-        read_shapes([file], text_column=column, kept=[])
+        read_shapes([file], Selection(column))
     assert file.location in caught.value.message
 
 
@@ -196,17 +197,17 @@ def test_a_kept_column_that_is_missing_is_named(tmp_path):
     """As the text column is."""
     file = write_source(tmp_path / "a.parquet", {"text": ["a"]})
     with pytest.raises(SourceError, match="has no column 'year'"):
-        read_shapes([file], text_column="text", kept=["year"])
+        read_shapes([file], Selection("text", ("year",)))
 
 
 def test_a_kept_column_of_another_type_in_one_file_is_refused(tmp_path):
     """Both files and both types are named: the parts would not read as one table."""
     same = [write_source(tmp_path / f"{name}.parquet", {"text": ["a"], "id": [1]}) for name in "abc"]
     odd = write_source(tmp_path / "odd.parquet", {"text": ["a"], "id": ["x"]})
-    assert len(read_shapes(same, text_column="text", kept=["id"])) == 3
+    assert len(read_shapes(same, Selection("text", ("id",)))) == 3
     with pytest.raises(SourceError, match=r"odd\.parquet than in .*a\.parquet: id string against id int64"):
-        read_shapes([*same, odd], text_column="text", kept=["id"])
-    assert len(read_shapes([*same, odd], text_column="text", kept=[])) == 4
+        read_shapes([*same, odd], Selection("text", ("id",)))
+    assert len(read_shapes([*same, odd], Selection("text"))) == 4
 
 
 @pytest.mark.parametrize("damage", ["zero bytes", "truncated", "garbage", "footer", "gone", "folder"])
@@ -222,14 +223,14 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path, damage):
         changed = {"zero bytes": b"", "truncated": data[:-5], "garbage": b"x" * 100, "footer": data[:-30] + data[-8:]}
         path.write_bytes(changed[damage])
     with pytest.raises(SourceError, match=r"a\.parquet cannot be read as Parquet") as caught:
-        read_shapes([file], text_column="text", kept=[])
+        read_shapes([file], Selection("text"))
     assert "secret" not in caught.value.message
 
 
 def test_a_file_without_rows_has_an_empty_shape(tmp_path):
     """It is no error: writers leave such files behind."""
     file = write_source(tmp_path / "a.parquet", {"text": pa.array([], pa.string())})
-    assert read_shapes([file], text_column="text", kept=[])[0].num_rows == 0
+    assert read_shapes([file], Selection("text"))[0].num_rows == 0
 
 
 # Reading shards
@@ -259,15 +260,15 @@ def rows() -> pa.Table:
 def test_shards_hold_the_rows_that_a_plain_read_gives(tmp_path, rows, layout, shard_rows, select):
     """However the file is written and cut, and whichever shards are pending: columns asked for, and `_source_row`."""
     file = write_source(tmp_path / "a.parquet", rows, **layout)
-    shape = read_shapes([file], text_column="text", kept=["id"])[0]
+    shape = read_shapes([file], Selection("text", ("id",)))[0]
     shards = [Shard.of(FINGERPRINT, file, *bounds) for bounds in cut(shape.row_groups, shard_rows)][select]
-    tables = list(read_shards(shards, ["text", "id", "text"])) if shards else []
+    tables = [rows.table for rows in read_shards(shards, Selection("text", ("id", "text")))]
     assert len(tables) == len(shards)
     for shard, table in zip(shards, tables, strict=True):
         wanted = rows.slice(shard.start, len(shard))
-        assert table["text"].to_pylist() == wanted["text"].to_pylist()
+        assert table[TEXT].to_pylist() == table["text"].to_pylist() == wanted["text"].to_pylist()
         assert table["id"].to_pylist() == wanted["id"].to_pylist()
-        assert sorted(table.column_names) == [SOURCE_ROW, "id", "text"]
+        assert table.column_names == [TEXT, "id", "text", SOURCE_ROW]
         np.testing.assert_array_equal(table[SOURCE_ROW], np.arange(shard.start, shard.stop))
 
 
@@ -292,8 +293,8 @@ def rewrite(path: Path) -> None:
 def test_a_file_that_changes_gives_no_further_shard(tmp_path, change, error, message):
     """Before the first row and between two shards: an error that names the file, never rows of two versions."""
     path = tmp_path / "a.parquet"
-    reading = read_shards(shards_of(path), ["text"])
-    assert next(reading)["text"].to_pylist() == [str(row) for row in range(10)]
+    reading = read_shards(shards_of(path), Selection("text"))
+    assert next(reading).table[TEXT].to_pylist() == [str(row) for row in range(10)]
     change(path)
     with pytest.raises(error, match=message) as caught:
         next(reading)
@@ -301,14 +302,14 @@ def test_a_file_that_changes_gives_no_further_shard(tmp_path, change, error, mes
     shards = shards_of(path)
     change(path)
     with pytest.raises(error, match=message):
-        next(read_shards(shards, ["text"]))
+        next(read_shards(shards, Selection("text")))
 
 
 def test_a_shard_that_the_file_does_not_have_is_an_error(tmp_path):
     """Fewer rows than were planned are never taken for all."""
     file = shards_of(tmp_path / "a.parquet")[0].file
     with pytest.raises(SourceError, match="cannot be read as Parquet"):
-        list(read_shards([Shard.of(FINGERPRINT, file, 90, 110)], ["text"]))
+        list(read_shards([Shard.of(FINGERPRINT, file, 90, 110)], Selection("text")))
 
 
 def test_a_flipped_bit_in_a_source_with_page_checksums_is_noticed(tmp_path):
@@ -319,9 +320,9 @@ def test_a_flipped_bit_in_a_source_with_page_checksums_is_noticed(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(b"needle")] ^= 1
     path.write_bytes(data)
-    os.utime(path, ns=(file.mtime_ns, file.mtime_ns))
+    os.utime(path, ns=(int(file.version), int(file.version)))
     with pytest.raises(SourceError, match="damaged"):
-        list(read_shards([Shard.of(FINGERPRINT, file, 0, 1)], ["text"]))
+        list(read_shards([Shard.of(FINGERPRINT, file, 0, 1)], Selection("text")))
 
 
 # Texts
@@ -406,8 +407,8 @@ def test_bad_utf_8_in_a_string_column_of_a_file_is_a_reject(tmp_path):
     column = pa.Array.from_buffers(pa.string(), 4, raw.buffers(), 1)
     file = write_source(tmp_path / "a.parquet", {"text": column})
     assert pq.read_schema(file.location).field("text").type == pa.string()
-    table = next(read_shards([Shard.of(FINGERPRINT, file, 0, 4)], ["text"]))
-    found, positions, reasons = texts.split(texts.values_of(table["text"]))
+    rows = next(read_shards([Shard.of(FINGERPRINT, file, 0, 4)], Selection("text")))
+    found, positions, reasons = texts.texts_in(rows)
     assert (found, positions) == (["good", "nul \0 here"], [0, 2])
     assert reasons == {1: "not valid UTF-8", 3: "null"}
 
@@ -441,7 +442,7 @@ def test_a_file_name_that_is_not_utf_8_is_a_message(tmp_path):
     write_source(tmp_path / "in/a.parquet", {"text": ["a"]})
     os.rename(tmp_path / "in/a.parquet", os.fsencode(tmp_path / "in") + b"/\xff.parquet")  # noqa: PTH104 - bytes
     with pytest.raises(SourceError):
-        read_shapes(list_inputs([str(tmp_path / "in")]).files, text_column="text", kept=[])
+        read_shapes(list_inputs([str(tmp_path / "in")]).files, Selection("text"))
 
 
 def test_two_columns_of_one_name_are_a_message(tmp_path):
@@ -449,7 +450,7 @@ def test_two_columns_of_one_name_are_a_message(tmp_path):
     table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     file = write_source(tmp_path / "a.parquet", table)
     with pytest.raises(SourceError, match="2 columns named 'text'"):
-        read_shapes([file], text_column="text", kept=[])
+        read_shapes([file], Selection("text"))
 
 
 @pytest.mark.parametrize("source", ["{}/in", "{}/in/**/*.parquet", "{}/in/../in"])

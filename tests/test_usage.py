@@ -14,7 +14,8 @@ from engine.model_config import ModelConfig
 from engine.models import registry
 from engine.pipeline.parcel import Item, pack, unpack
 from engine.pipeline.worker import EmbedWorker, Work
-from engine.schema import SOURCE_ROW, Receipt, Usage, idle_share, padding_share
+from engine.schema import SOURCE_ROW, TEXT, Receipt, idle_share, padding_share
+from engine.sources.rows import Selection
 from engine.storage import LocalStorage
 from tests.builders import FINGERPRINT, make_shard
 from tests.test_own_encode import static
@@ -40,12 +41,12 @@ def saved(tmp_path: Path) -> str:
 def receipts(out: Path, model: str, texts: list[list[str]], **options: str) -> list[Receipt]:
     """Embed shards of texts by an actor, as Ray calls it, and commit them."""
     config = ModelConfig(model=f"sentence-transformers:{model}", device="cpu", **options)
-    worker = EmbedWorker(Work(config, registry.identity(config), "text", None, (), 0, logging.WARNING))
+    worker = EmbedWorker(Work(config, registry.identity(config), Selection("text"), None, 0, logging.WARNING))
     items = []
     for number, some in enumerate(texts):
         shard = make_shard(len(some), path=f"{number}.parquet")
-        table = pa.table({"text": some, SOURCE_ROW: pa.array(range(len(some)), pa.int64())})
-        items.append(Item(shard, table, [], Usage()))
+        table = pa.table({TEXT: some, SOURCE_ROW: pa.array(range(len(some)), pa.int64())})
+        items.append(Item(shard, table))
     made = [item for some in unpack(worker(pack(items))) for item in some]
     ledger = Ledger(LocalStorage(str(out)))
     return [

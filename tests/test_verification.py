@@ -211,7 +211,7 @@ def test_rows_in_two_parts_are_found(output):
     shard_id = output.first_id()
     record = json.loads((output.out / record_name(shard_id)).read_text())
     twin = "f" * 32
-    (output.out / record_name(twin)).write_text(json.dumps(record | {"shard_id": twin, "mtime_ns": 1}))
+    (output.out / record_name(twin)).write_text(json.dumps(record | {"shard_id": twin, "version": "1"}))
     shutil.copy(output.out / part_name(shard_id), output.out / part_name(twin))
     (output.out / COMMITS).exists()
     problems = [finding.problem for finding in engine.verify(output.out).findings]

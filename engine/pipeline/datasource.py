@@ -12,7 +12,8 @@ from ray.data.datasource import Datasource, ReadTask
 
 from engine.pipeline.parcel import Item, pack
 from engine.schema import Shard
-from engine.sources.parquet import read_files
+from engine.sources.formats import read_shards
+from engine.sources.rows import Selection
 
 MAX_READ_TASKS = 1000
 """Each costs the driver about 50 KB for as long as the run lasts, so large jobs have more parcels in each, not more tasks."""
@@ -31,14 +32,14 @@ class ShardDatasource(Datasource):  # type: ignore[misc] # Ray's classes are unt
 
     Args:
         parcels: Shards that travel together.
-        columns: What to read of each row.
+        selection: What to read of each row.
         num_readers: How many tasks read at once.
     """
 
-    def __init__(self, parcels: Sequence[Parcel], columns: Sequence[str], num_readers: int) -> None:
+    def __init__(self, parcels: Sequence[Parcel], selection: Selection, num_readers: int) -> None:
         super().__init__()
         self._passes = list(passes(parcels, min(TASKS_PER_READER * num_readers, MAX_READ_TASKS)))
-        self._columns = list(columns)
+        self._selection = selection
 
     @property
     def num_read_tasks(self) -> int:
@@ -51,12 +52,12 @@ class ShardDatasource(Datasource):  # type: ignore[misc] # Ray's classes are unt
 
     def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
         """Return a task for each pass, in the order of the plan."""
-        return [self._task(parcels, self._columns) for parcels in self._passes]
+        return [self._task(parcels, self._selection) for parcels in self._passes]
 
     @staticmethod
-    def _task(parcels: list[Parcel], columns: list[str]) -> ReadTask:
+    def _task(parcels: list[Parcel], selection: Selection) -> ReadTask:
         metadata = BlockMetadata(num_rows=len(parcels), size_bytes=None, exec_stats=None, input_files=None)
-        return ReadTask(lambda: _read(parcels, columns), metadata)
+        return ReadTask(lambda: _read(parcels, selection), metadata)
 
 
 def passes(parcels: Sequence[Parcel], most: int) -> Iterator[list[Parcel]]:
@@ -74,8 +75,10 @@ def passes(parcels: Sequence[Parcel], most: int) -> Iterator[list[Parcel]]:
         yield taken
 
 
-def _read(parcels: Sequence[Parcel], columns: Sequence[str]) -> Iterator[pa.Table]:
+def _read(parcels: Sequence[Parcel], selection: Selection) -> Iterator[pa.Table]:
     """Read each file once, from its first pending shard to its last, and yield parcels as they fill."""
-    tables = read_files((shard for parcel in parcels for shard in parcel), columns)
+    found = read_shards((shard for parcel in parcels for shard in parcel), selection)
     for parcel in parcels:
-        yield pack([Item(shard, next(tables)) for shard in parcel])
+        yield pack(
+            [Item(shard, rows.table, rows.faults) for shard, rows in zip(parcel, found, strict=False)]
+        )  # the parcel ends it

@@ -8,7 +8,7 @@ blocks as it likes: it never cuts a row, so a shard stays whole whatever Ray doe
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import pyarrow as pa
@@ -26,6 +26,8 @@ class Item:
 
     shard: Shard
     table: pa.Table
+    faults: Mapping[int, str] = field(default_factory=dict)
+    """Position and reason of rows that are malformed; they are in `rejects` once the texts are embedded."""
     rejects: list[Reject] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
     is_left: bool = False
@@ -38,6 +40,7 @@ def pack(items: Sequence[Item]) -> pa.Table:
         asdict(item.shard)
         | {
             "num_rows": item.table.num_rows,
+            "faults": dict(item.faults),
             "rejects": [reject.as_json() for reject in item.rejects],
             "usage": asdict(item.usage),
             "is_left": item.is_left,
@@ -90,7 +93,8 @@ def unpack(block: pa.Table) -> Iterator[list[Item]]:
             shard = Shard(entry["id"], InputFile(**entry["file"]), entry["start"], entry["stop"])
             rejects = [Reject(**reject) for reject in entry["rejects"]]
             rows = table.slice(start, entry["num_rows"])
-            items.append(Item(shard, rows, rejects, Usage(**entry["usage"]), entry["is_left"]))
+            faults = {int(position): reason for position, reason in entry["faults"].items()}
+            items.append(Item(shard, rows, faults, rejects, Usage(**entry["usage"]), entry["is_left"]))
             start += entry["num_rows"]
         yield items
 

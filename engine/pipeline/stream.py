@@ -73,7 +73,7 @@ class Stream:
 
     def _chain(self) -> ray.data.Dataset:
         chosen = self.resources
-        source = ShardDatasource(self.parcels, self._columns(), chosen.max_readers)
+        source = ShardDatasource(self.parcels, self.work.selection, chosen.max_readers)
         return (
             ray.data.read_datasource(
                 source,
@@ -110,6 +110,3 @@ class Stream:
                 num_cpus=LIGHT_CPUS,
             )
         )
-
-    def _columns(self) -> list[str]:
-        return [self.work.text_column, *self.work.columns]

@@ -26,6 +26,7 @@ from engine.pipeline.budget import Shared, join
 from engine.pipeline.parcel import Item, pack, unpack
 from engine.schema import EMBEDDING, SOURCE_ROW, Reject, Usage, utc_now, vectors_type
 from engine.sources import texts as text_checks
+from engine.sources.rows import Rows, Selection
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +46,10 @@ class Work:
     model: ModelConfig
     identity: dict[str, Any]
     """Of the model, as the driver found it: an actor on another machine must find the same."""
-    text_column: str
+    selection: Selection
+    """What the readers read: of it, a part keeps the kept columns, the id first."""
     id_column: str | None
     """If None, an id of file and row is made."""
-    columns: tuple[str, ...]
-    """What a part keeps of its source, the id first."""
     num_threads: int
     """For the model, on CPUs; 0 leaves them as they are."""
     log_level: int
@@ -101,7 +101,7 @@ class EmbedWorker:
 
     def _embed(self, items: Sequence[Item]) -> list[Item]:
         """Embed the texts of all items together, so that batches fill up however small the shards are."""
-        found = [text_checks.split(text_checks.values_of(item.table.column(self._work.text_column))) for item in items]
+        found = [text_checks.texts_in(Rows(item.table, item.faults)) for item in items]
         all_texts = [text for texts, _, _ in found for text in texts]
         logger.debug("embedding started: %d texts", len(all_texts))
         try:
@@ -135,7 +135,7 @@ class EmbedWorker:
             rows = self._kept_columns(item)
             survivors = rows if len(kept) == rows.num_rows else rows.take(pa.array(kept, pa.int64()))
             table = _with_vectors(survivors, vectors)
-            embedded.append(Item(item.shard, table, _rejects(rows, reasons), usage))
+            embedded.append(Item(item.shard, table, rejects=_rejects(rows, reasons), usage=usage))
             first_text, first_vector = stop, first_vector + len(kept)
         return embedded
 
@@ -156,10 +156,10 @@ class EmbedWorker:
     def _kept_columns(self, item: Item) -> pa.Table:
         """Return the columns that a part keeps, the id first, and `_source_row`; the text only if it is kept."""
         if self._work.id_column:
-            return item.table.select([*self._work.columns, SOURCE_ROW])
+            return item.table.select([*self._work.selection.kept, SOURCE_ROW])
         rows = item.table.column(SOURCE_ROW)
         ids = pc.binary_join_element_wise(item.shard.file.path, rows.cast(pa.string()), "#")
-        return item.table.select([*self._work.columns, SOURCE_ROW]).add_column(0, MADE_ID, ids)
+        return item.table.select([*self._work.selection.kept, SOURCE_ROW]).add_column(0, MADE_ID, ids)
 
 
 def _share(total: int, before: float, after: float) -> int:

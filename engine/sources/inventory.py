@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import SourceChanged, SourceError
+from engine.errors import SourceError
 from engine.schema import InputFile
-
-SUFFIXES = (".parquet", ".pq")
+from engine.sources.formats import SUFFIXES
+from engine.sources.opening import local_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def list_inputs(sources: Sequence[str], *, outside: str | None = None) -> Invent
         _refuse_inside(found, walked, outside)
     base = os.path.commonpath(sorted(roots))
     files = (
-        InputFile(Path(path).relative_to(base).as_posix(), path, status.st_size, status.st_mtime_ns)
+        InputFile(Path(path).relative_to(base).as_posix(), path, status.st_size, local_version(status.st_mtime_ns))
         for path, status in sorted(found.items())
     )
     return Inventory(base, tuple(files))
@@ -65,23 +65,6 @@ def list_inputs(sources: Sequence[str], *, outside: str | None = None) -> Invent
 def absolute(source: str) -> str:
     """Return a source as it is named from anywhere on this machine."""
     return os.path.normpath(Path(source.removeprefix("file://")).expanduser().absolute())
-
-
-def check_unchanged(file: InputFile) -> None:
-    """
-    Make sure that an input still is what was listed.
-
-    Raises:
-        SourceError: If it is gone.
-        SourceChanged: If its size or its time of change is another.
-    """
-    status = _stat(file.location)
-    if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
-        raise SourceChanged(
-            f"the input {file.location} changed while it was being read; what was committed is kept. "
-            "Let its writer finish, then run again: if rows of its former content were committed already, "
-            "the run will say so and ask for a new output folder"
-        )
 
 
 def _expand(source: str) -> tuple[str, list[str]]:

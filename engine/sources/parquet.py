@@ -2,69 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine.errors import SourceError
-from engine.schema import SOURCE_ROW, InputFile, Shard
-from engine.sources.inventory import check_unchanged
+from engine.schema import InputFile, Shard
+from engine.sources.opening import check_unchanged, open_input, readable
+from engine.sources.rows import Rows, Selection
+from engine.sources.shape import FileShape
 
-FOOTER_THREADS = 16
+KIND = "Parquet"
 READ_BUFFER_BYTES = 8 * 1024**2
 READ_ROWS = 4096
 """Rows decoded at a time: a shard is put together from such pieces, so that a giant row group is never held whole."""
 
 
-@dataclass(frozen=True, slots=True)
-class FileShape:
-    """What a footer says of a file: enough to cut it into shards."""
-
-    file: InputFile
-    row_groups: tuple[int, ...]
-    """Rows of each row group."""
-    text_bytes: int
-    """Size of the text column's pages, not compressed: a value that a dictionary holds counts once."""
-    kept_types: tuple[tuple[str, str], ...]
-    """Name and Arrow type of each kept column."""
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the whole file."""
-        return sum(self.row_groups)
-
-
-def read_shapes(files: Sequence[InputFile], *, text_column: str, kept: Sequence[str]) -> list[FileShape]:
+def shape(file: InputFile, selection: Selection) -> FileShape:
     """
-    Read the footers of `files`, several at a time, and check that all have the columns of the job.
+    Read the footer of a file.
 
     Raises:
-        SourceError: Names the file that is unreadable, lacks a column, or has one of another type than the first.
+        SourceError: If it is unreadable, or lacks a column.
     """
-    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        shapes = list(pool.map(lambda file: _shape(file, text_column, kept), files))
-    for shape in shapes:
-        if shape.kept_types != shapes[0].kept_types:
+    with readable(file, KIND), open_input(file) as opened, pq.ParquetFile(opened) as parquet:
+        metadata, schema = parquet.metadata, parquet.schema_arrow
+        for column in selection.columns:
+            _check_column(file, schema, column)
+        text = schema.field(selection.text_column)
+        if not _is_text(text.type):
             raise SourceError(
-                f"columns have other types in {shape.file.location} than in {shapes[0].file.location}: "
-                f"{_types(shape)} against {_types(shapes[0])}; make them equal, or do not keep these columns"
+                f"the column {text.name!r} of {file.location} is {text.type}, not text; "
+                "convert it, or name another with --text-column"
             )
-    return shapes
+        columns = [number for number in range(metadata.num_columns) if metadata.schema.column(number).path == text.name]
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        return FileShape(
+            file=file,
+            row_groups=tuple(group.num_rows for group in groups),
+            text_bytes=sum(group.column(columns[0]).total_uncompressed_size for group in groups),
+            kept_types=tuple((column, str(schema.field(column).type)) for column in selection.kept),
+        )
 
 
-def read_shards(shards: Sequence[Shard], columns: Sequence[str]) -> Iterator[pa.Table]:
+def read(shards: Sequence[Shard], selection: Selection) -> Iterator[Rows]:
     """
-    Read shards of one file in one pass, each as a table of `columns` and `_source_row`.
+    Read shards of one file in one pass.
 
     Args:
         shards: In the order of their rows, all of one file.
-        columns: What to read; repeated names count once.
+        selection: What to read.
 
     Raises:
         SourceChanged: If the file is not what was planned, before or after its rows were read.
@@ -72,26 +60,17 @@ def read_shards(shards: Sequence[Shard], columns: Sequence[str]) -> Iterator[pa.
     """
     file = shards[0].file
     check_unchanged(file)
-    with _readable(file), _open(file) as parquet:
-        pieces = _pieces(parquet, shards, list(dict.fromkeys(columns)))
+    with readable(file, KIND), open_input(file) as opened, _open(opened) as parquet:
+        pieces = _pieces(parquet, shards, selection.columns)
         for shard in shards:
             table = _take(pieces, len(shard))
             check_unchanged(file)
-            rows = np.arange(shard.start, shard.stop, dtype=np.int64)
-            yield table.append_column(SOURCE_ROW, pa.array(rows))
+            yield Rows(table)
 
 
-def read_files(shards: Iterable[Shard], columns: Sequence[str]) -> Iterator[pa.Table]:
-    """Read shards of several files as `read_shards` does, each file once, from its first shard here to its last."""
-    for _, of_file in groupby(shards, lambda shard: shard.file):
-        yield from read_shards(list(of_file), columns)
-
-
-def _open(file: InputFile) -> pq.ParquetFile:
+def _open(opened: pa.NativeFile) -> pq.ParquetFile:
     """Open a file so that its column chunks are read a buffer at a time: by default Arrow would hold a whole one."""
-    return pq.ParquetFile(
-        file.location, page_checksum_verification=True, pre_buffer=False, buffer_size=READ_BUFFER_BYTES
-    )
+    return pq.ParquetFile(opened, page_checksum_verification=True, pre_buffer=False, buffer_size=READ_BUFFER_BYTES)
 
 
 def _take(pieces: Iterator[pa.RecordBatch], num_rows: int) -> pa.Table:
@@ -133,34 +112,13 @@ def _pieces(parquet: pq.ParquetFile, shards: Sequence[Shard], columns: list[str]
         position = end
 
 
-def _shape(file: InputFile, text_column: str, kept: Sequence[str]) -> FileShape:
-    with _readable(file), pq.ParquetFile(file.location) as parquet:
-        metadata, schema = parquet.metadata, parquet.schema_arrow
-        for column in (text_column, *kept):
-            if column not in schema.names:
-                raise SourceError(
-                    f"{file.location} has no column {column!r}; it has: {', '.join(schema.names)}. "
-                    "Name the text with --text-column"
-                )
-            if schema.names.count(column) > 1:
-                raise SourceError(
-                    f"{file.location} has {schema.names.count(column)} columns named {column!r}; rename them"
-                )
-        if not _is_text(schema.field(text_column).type):
-            raise SourceError(
-                f"the column {text_column!r} of {file.location} is {schema.field(text_column).type}, not text; "
-                "convert it, or name another with --text-column"
-            )
-        index = next(
-            number for number in range(metadata.num_columns) if metadata.schema.column(number).path == text_column
+def _check_column(file: InputFile, schema: pa.Schema, column: str) -> None:
+    if column not in schema.names:
+        raise SourceError(
+            f"{file.location} has no column {column!r}; it has: {', '.join(schema.names)}. Name the text with --text-column"
         )
-        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-        return FileShape(
-            file=file,
-            row_groups=tuple(group.num_rows for group in groups),
-            text_bytes=sum(group.column(index).total_uncompressed_size for group in groups),
-            kept_types=tuple((column, str(schema.field(column).type)) for column in kept),
-        )
+    if schema.names.count(column) > 1:
+        raise SourceError(f"{file.location} has {schema.names.count(column)} columns named {column!r}; rename them")
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -169,19 +127,3 @@ def _is_text(kind: pa.DataType) -> bool:
     text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     raw = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_null)
     return any(is_kind(kind) for is_kind in (*text, *raw))
-
-
-def _types(shape: FileShape) -> str:
-    return ", ".join(f"{name} {kind}" for name, kind in shape.kept_types)
-
-
-@contextmanager
-def _readable(file: InputFile) -> Iterator[None]:
-    """Turn what Arrow says of a bad file into a message that names the file and quotes nothing of it."""
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        raise SourceError(
-            f"the input {file.location} cannot be read as Parquet ({type(error).__name__}): "
-            "it is empty, truncated or damaged. Restore it or take it out of the source, then run again"
-        ) from None

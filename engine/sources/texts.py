@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
 
 from engine.errors import ConfigError
+from engine.schema import TEXT
+from engine.sources.rows import Rows
 
 NULL = "null"
 EMPTY = "empty text"
@@ -35,17 +37,25 @@ def check_list(texts: Any) -> None:
         raise ConfigError("embed takes a list of texts; for one text, give a list of one")
 
 
-def split(values: Iterable[Any]) -> tuple[list[str], list[int], dict[int, str]]:
+def split(
+    values: Iterable[Any], faults: Mapping[int, str] | None = None
+) -> tuple[list[str], list[int], dict[int, str]]:
     """
     Tell texts from rejects.
+
+    Args:
+        values: Of a shard, one a row.
+        faults: Position and reason of rows that are malformed, whatever their value.
 
     Returns:
         The texts, the position of each among `values`, and the reason for each position that is left out.
     """
     texts: list[str] = []
     positions: list[int] = []
-    reasons: dict[int, str] = {}
+    reasons = dict(faults or {})
     for position, value in enumerate(values):
+        if position in reasons:
+            continue
         reason = value.reason if isinstance(value, Undecodable) else reject_reason(value)
         if reason is None:
             texts.append(value)
@@ -53,6 +63,11 @@ def split(values: Iterable[Any]) -> tuple[list[str], list[int], dict[int, str]]:
         else:
             reasons[position] = reason
     return texts, positions, reasons
+
+
+def texts_in(rows: Rows) -> tuple[list[str], list[int], dict[int, str]]:
+    """Tell texts from rejects in the rows of a shard, as `split` does."""
+    return split(values_of(rows.table.column(TEXT)), rows.faults)
 
 
 class Undecodable:

@@ -1,0 +1,55 @@
+"""Opening an input: one place knows where bytes come from, and whether they still are what was listed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+
+from engine.errors import SourceChanged, SourceError
+from engine.schema import InputFile
+
+_ADVICE = "it is empty, truncated or damaged. Restore it or take it out of the source, then run again"
+
+
+def open_input(file: InputFile) -> pa.NativeFile:
+    """Open an input for reading, with seek: as Arrow's readers take it, and io.BufferedReader too."""
+    return pa.OSFile(file.location)
+
+
+def local_version(mtime_ns: int) -> str:
+    """Return what changes when a file on a disk does."""
+    return str(mtime_ns)
+
+
+def check_unchanged(file: InputFile) -> None:
+    """
+    Make sure that an input still is what was listed.
+
+    Raises:
+        SourceError: If it is gone.
+        SourceChanged: If its size or its version is another.
+    """
+    try:
+        status = Path(file.location).stat()
+    except OSError as error:
+        raise SourceError(f"the input {file.location} cannot be read: {error.strerror}") from None
+    if (status.st_size, local_version(status.st_mtime_ns)) != (file.size, file.version):
+        raise SourceChanged(
+            f"the input {file.location} changed while it was being read; what was committed is kept. "
+            "Let its writer finish, then run again: if rows of its former content were committed already, "
+            "the run will say so and ask for a new output folder"
+        )
+
+
+@contextmanager
+def readable(file: InputFile, kind: str) -> Iterator[None]:
+    """Turn what a library says of a bad file of some `kind` into a message that names the file and quotes nothing of it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise SourceError(
+            f"the input {file.location} cannot be read as {kind} ({type(error).__name__}): {_ADVICE}"
+        ) from None
