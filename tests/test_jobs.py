@@ -54,12 +54,22 @@ def dashboard(tmp_path_factory) -> Iterator[str]:
     )
     address = f"http://127.0.0.1:{port}"
     try:
+        wait_until(lambda: answers(address))
         wait_until(lambda: submit(address, "--no-wait", "true").returncode == 0)
         yield address
     finally:
         for process in [*psutil.Process(head.pid).children(recursive=True), head]:
             process.kill()  # SIGTERM would have it drain for half a minute
         head.wait(20)
+
+
+def answers(address: str) -> bool:
+    """Say whether the Jobs API is there: the command that submits takes seconds to find out."""
+    try:
+        with urllib.request.urlopen(f"{address}/api/jobs/", timeout=10) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
 
 
 def submit(address: str, *command: str) -> subprocess.CompletedProcess[str]:
