@@ -51,10 +51,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (item.get_closest_marker("ray") is not None, not _shares_ray(item.path)))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """End the Ray that files share, before one begins that has its own."""
-    if item.get_closest_marker("ray") and not _shares_ray(item.path):
+@pytest.fixture(scope="module", autouse=True)
+def _own_ray(request: pytest.FixtureRequest) -> None:
+    """End the Ray that files share, before a file begins that has its own."""
+    if _starts_ray(request.node.nodeid) and not _shares_ray(request.path):
         import ray
 
         ray.shutdown()
