@@ -19,17 +19,33 @@ and never a record without its part.
 
 from __future__ import annotations
 
-import re
+import gzip
+import json
+import zlib
 from collections import defaultdict
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine import lease
 from engine.errors import ConfigError
 from engine.history import RUNS
-from engine.ledger import COMMITS, DATA, REJECTS, SET_ASIDE, part_name, record_name, rejects_name
+from engine.ledger import COMMITS, DATA, REJECTS, SET_ASIDE, part_name, rejects_name
+from engine.output_files import (
+    CURRENT,
+    ENGINE,
+    HELD,
+    INDEX,
+    INPUTS,
+    PROBES,
+    REUSE,
+    SUPERSEDED,
+    WHOLE,
+    File,
+    index_key,
+    names_of,
+    turn_of,
+)
 from engine.results import Garbage, GcResult
 from engine.schema import canonical_json
 from engine.storage import STAGING
@@ -39,13 +55,6 @@ from engine.wording import count
 if TYPE_CHECKING:
     from engine.lease import Lease
 
-ENGINE = "_engine"
-HELD = "_engine/held"
-SUPERSEDED = "_engine/superseded"
-REUSE = "_engine/reuse"
-INDEX = "_engine/index"
-INPUTS = "_engine/inputs"
-PROBES = "_engine/probe"
 DAY_S = 24 * 3600.0
 WHY = {
     "gone": "records, rejects and parts of inputs that were deleted",
@@ -61,17 +70,6 @@ WHY = {
 }
 OF_SOURCE = ("gone", "unnamed", "held", "indexes", "inputs")
 """Kinds that only the source can tell."""
-WHOLE = (SET_ASIDE, STAGING, PROBES, SUPERSEDED, HELD, REUSE, INDEX, INPUTS)
-"""Folders in which every file is the engine's."""
-_LEASE_NAME = re.compile(rf"{lease.LEASE}/(\d{{8,}})\.(?:json|beat|end)")
-_SHARD_ID = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    name: str
-    num_bytes: int
-    age_s: float
 
 
 def gc(output: str, *, apply: bool = False, older_than_days: int = 1, inputs_gone: bool = False) -> GcResult:
@@ -125,14 +123,14 @@ class _Look:
         self._committed = self.ledger.committed()
         self._pending = {shard.id for shard in self._standing.plan.pending} if self._standing else set()
         parts = self.ledger.part_ids()
-        self._files = {found[0]: _File(*found) for found in self.ledger.storage.ages()}
-        self._below: dict[str, list[_File]] = defaultdict(list)
+        self._files = {found[0]: File(*found) for found in self.ledger.storage.ages()}
+        self._below: dict[str, list[File]] = defaultdict(list)
         for file in self._files.values():
-            self._below[_folder_of(file.name)].append(file)
-        self.epoch = max(map(_epoch, self._below[lease.LEASE]), default=0)
+            self._below[file.folder].append(file)
+        self.epoch = max((file.epoch for file in self._below[lease.LEASE]), default=0)
         self._gone = self._find_gone(parts)
         self._doubt = "" if inputs_gone else self._find_doubt()
-        self.garbage: dict[str, list[_File]] = {}
+        self.garbage: dict[str, list[File]] = {}
         self._kept: list[Garbage] = []
         self._sort()
 
@@ -145,11 +143,11 @@ class _Look:
     def delete(self, owned: Lease) -> None:
         """Delete the garbage: first records, so that none is ever there without its part, and parts last."""
         storage = self.ledger.storage
-        names = sorted((file.name for files in self.garbage.values() for file in files), key=_turn)
+        names = sorted((file.name for files in self.garbage.values() for file in files), key=turn_of)
         for name, following in zip(names, [*names[1:], ""], strict=True):
             owned.check()
             storage.delete(name)
-            if _turn(name) == 0 != _turn(following):
+            if turn_of(name) == 0 != turn_of(following):
                 storage.persist(name)  # else a power cut could bring the records back, and not the parts
 
     def result(self, *, applied: bool) -> GcResult:
@@ -174,24 +172,25 @@ class _Look:
                 self.garbage[kind] = old
             self._keep(kind, f"{WHY[kind]}, but for less than {count(self._older_than_days, 'day')}", young)
 
-    def _keep(self, kind: str, why: str, files: Collection[_File]) -> None:
+    def _keep(self, kind: str, why: str, files: Collection[File]) -> None:
         if files:
             self._kept.append(_garbage(kind, why, files))
 
-    def _kinds(self) -> dict[str, list[_File]]:
+    def _kinds(self) -> dict[str, list[File]]:
         """Return the files of each kind, whatever their age."""
         found = {
-            "former": [file for file in self._below[SUPERSEDED] if not _ids_in(file.name) & self._committed],
+            "former": [file for file in self._below[SUPERSEDED] if not file.shard_ids & self._committed],
             "set-aside": self._below[SET_ASIDE],
             "staging": self._below[STAGING] + self._below[PROBES],
             "reuse": self._below[REUSE],
-            "leases": [file for file in self._below[lease.LEASE] if 0 < _epoch(file) < self.epoch - 1],
+            "leases": [file for file in self._below[lease.LEASE] if 0 < file.epoch < self.epoch - 1],
         }
         if self._standing is not None:
-            gone = [self._files[name] for shard_id in self._gone for name in _names(shard_id) if name in self._files]
+            gone = [self._files[name] for shard_id in self._gone for name in names_of(shard_id) if name in self._files]
             unnamed = [file for file in self._parts_and_rejects() if self._is_unnamed(file)]
             held = [file for file in self._below[HELD] if self._is_unnamed(file)]
-            found |= {"gone": gone, "unnamed": unnamed, "held": held, "inputs": list(self._unnamed_inputs())}
+            found |= {"gone": gone, "unnamed": unnamed, "held": held}
+            found |= {"indexes": list(self._unlisted_indexes()), "inputs": list(self._unnamed_inputs())}
         return {kind: found[kind] for kind in WHY if found.get(kind)}
 
     def _find_gone(self, parts: set[str]) -> dict[str, str]:
@@ -231,74 +230,70 @@ class _Look:
                 return f"the folder {folder} is empty, as where a disk is not mounted: {sure}"
         return ""
 
-    def _age_s(self, file: _File) -> float:
+    def _age_s(self, file: File) -> float:
         """Return for how long a file has been there; those of a shard that is gone go together, with the last of them."""
-        ids = _ids_in(file.name) & self._gone.keys()
-        names = [name for shard_id in ids for name in _names(shard_id) if name in self._files]
+        ids = file.shard_ids & self._gone.keys()
+        names = [name for shard_id in ids for name in names_of(shard_id) if name in self._files]
         return min([file.age_s, *(self._files[name].age_s for name in names)])
 
-    def _parts_and_rejects(self) -> Iterator[_File]:
+    def _parts_and_rejects(self) -> Iterator[File]:
         for folder, name_of in ((DATA, part_name), (REJECTS, rejects_name)):
-            yield from (file for file in self._below[folder] if file.name in map(name_of, _ids_in(file.name)))
+            yield from (file for file in self._below[folder] if file.name in map(name_of, file.shard_ids))
 
-    def _is_unnamed(self, file: _File) -> bool:
-        ids = _ids_in(file.name)
+    def _is_unnamed(self, file: File) -> bool:
+        ids = file.shard_ids
         return bool(ids) and not ids & (self._committed | self._pending)
 
-    def _unnamed_inputs(self) -> Iterator[_File]:
-        """Yield the copies of data in memory whose name is in no record, no pending shard, and not in the job's source."""
-        if not self._below[INPUTS] or self._standing is None:
+    def _unnamed_inputs(self) -> Iterator[File]:
+        """Yield the copies of data in memory that neither a record nor a pending shard nor the source of the last run or the first names."""
+        files = self._below[INPUTS]
+        if not files or self._standing is None:
             return
-        places = {record.path for record in self.ledger.records()}
-        places |= {place for shard in self._standing.plan.pending for place in (shard.file.path, shard.file.location)}
-        named = "\n".join([*places, canonical_json(self._job.config)])
-        for file in self._below[INPUTS]:
-            if file.name.removeprefix(f"{INPUTS}/").partition("/")[0].partition(".")[0] not in named:
+        named = [canonical_json(self._job.config), *(self._text(file) for file in files if file.name == CURRENT)]
+        # A manifest that the source is names blocks.
+        named += [self._text(file) for file in files if file.name.endswith(".json") and file.stem in "".join(named)]
+        named += {name for record in self.ledger.records() for name in (record.path, record.version)}
+        pending = self._standing.plan.pending
+        named += {name for shard in pending for name in (shard.file.path, shard.file.version, shard.file.location)}
+        text = "\n".join(named)
+        yield from (file for file in files if file.name != CURRENT and file.stem not in text)
+
+    def _unlisted_indexes(self) -> Iterator[File]:
+        """Yield the bundles of indexes none of which is of a file of the source."""
+        if not self._below[INDEX] or self._standing is None:
+            return
+        listed = {index_key(file) for file in self._standing.files}
+        for file in self._below[INDEX]:
+            try:
+                keys = set(json.loads(gzip.decompress(self.ledger.storage.read(file.name))))
+            except (OSError, EOFError, ValueError, TypeError, zlib.error):
+                keys = set()  # what cannot be read is made again
+            if not keys & listed:
                 yield file
+
+    def _text(self, file: File) -> str:
+        return self.ledger.storage.read(file.name).decode(errors="replace")
 
     def _strange(self) -> list[str]:
         """Name the files that no engine made."""
-        ours = {*self._parts_and_rejects(), *(file for file in self._below[lease.LEASE] if _epoch(file))}
+        ours = {*self._parts_and_rejects(), *(file for file in self._below[lease.LEASE] if file.epoch)}
         for folder in (ENGINE, COMMITS, RUNS, *WHOLE):
             ours |= set(self._below[folder])
         return sorted(file.name for file in self._files.values() if file not in ours)
 
 
-def _garbage(kind: str, why: str, files: Collection[_File]) -> Garbage:
+def _garbage(kind: str, why: str, files: Collection[File]) -> Garbage:
     return Garbage(kind, why, sorted(file.name for file in files), sum(file.num_bytes for file in files))
 
 
-def _folder_of(name: str) -> str:
-    """Return which of the engine's folders a file is in, however deep."""
-    steps = name.split("/")[:-1]
-    return "/".join(steps[:2]) if steps[:1] == [ENGINE] else "/".join(steps)
-
-
-def _names(shard_id: str) -> tuple[str, str, str]:
-    return record_name(shard_id), rejects_name(shard_id), part_name(shard_id)
-
-
-def _ids_in(name: str) -> set[str]:
-    return set(_SHARD_ID.findall(name))
-
-
-def _epoch(file: _File) -> int:
-    """Return the epoch of a lease's file; 0 if it is none."""
-    found = _LEASE_NAME.fullmatch(file.name)
-    return int(found.group(1)) if found else 0
-
-
-def _turn(name: str) -> int:
-    """Return when a file is deleted: records, then what lies beside parts, then parts."""
-    return 0 if name.startswith(f"{COMMITS}/") else 2 if name.endswith(".parquet") else 1
-
-
 def _may_be_there(base: str, path: str) -> bool:
-    """Say whether an input is there, or cannot be looked at."""
+    """Say whether an input is there, or cannot be looked at, as one that is not on a disk."""
+    if not Path(base).is_absolute():
+        return True
     try:
         Path(base, path).stat()
     except (FileNotFoundError, NotADirectoryError):
-        return "://" in base
+        return False
     except OSError:
         return True
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import time
@@ -21,7 +22,7 @@ from engine.errors import ConfigError, OutputInUse
 from engine.history import RUNS
 from engine.lease import LEASE, held
 from engine.ledger import part_name, record_name, rejects_name
-from engine.schema import Shard
+from engine.schema import Shard, canonical_json, content_hash
 from engine.storage import LocalStorage
 from engine.survey import survey
 from tests.builders import USAGE, Started, files, make_rejects, make_table
@@ -35,7 +36,8 @@ LEFTOVERS = {
     "leases": (f"{LEASE}/00000001.json", f"{LEASE}/00000001.beat", f"{LEASE}/00000001.end"),
     "unnamed": ("data/part-{old}.parquet", "_engine/rejects/{old}.jsonl"),
     "held": ("_engine/held/part-{old}.parquet",),
-    "inputs": ("_engine/inputs/{old}/0.parquet",),
+    "inputs": ("_engine/inputs/{old}.parquet", "_engine/inputs/{old}.json"),
+    "indexes": ("_engine/index/{old}.json.gz",),
 }
 OURS = (f"{RUNS}/20200101T000000-0a.json", "_engine/report.html", f"{LEASE}/00000002.json", f"{LEASE}/00000003.json")
 STRANGE = ("data/notes.txt", "data/part-mine.parquet", "_engine/mine/a.json", "readme.md", f"{LEASE}/mine")
@@ -152,14 +154,28 @@ def test_all_kinds_are_shown_and_then_exactly_these_are_deleted(output, two_days
 
 
 def test_what_a_record_or_a_plan_names_is_no_garbage(output, two_days_later):
-    """A part that waits for its record, whose input is there: the next run takes it up. Held ones and copies of inputs likewise."""
-    waiting, done = output.shards["a.parquet"][0].id, output.shards["a.parquet"][1].id
-    (output.out / record_name(waiting)).unlink()
-    output.write(
-        f"_engine/held/part-{waiting}.parquet", f"_engine/superseded/part-{done}.parquet", "_engine/inputs/a.parquet"
-    )
+    """A part that waits for its record, whose input is there: the next run takes it up. Held ones and indexes of listed files likewise."""
+    waiting, done = output.shards["a.parquet"][0], output.shards["a.parquet"][1]
+    (output.out / record_name(waiting.id)).unlink()
+    output.write(f"_engine/held/part-{waiting.id}.parquet", f"_engine/superseded/part-{done.id}.parquet")
+    (output.out / "_engine/index").mkdir()
+    key = content_hash(canonical_json([1, done.file.path, done.file.size, done.file.version]))
+    (output.out / "_engine/index/a.json.gz").write_bytes(gzip.compress(json.dumps({key: {}, "other": {}}).encode()))
     assert not engine.gc(output.out, apply=True).garbage
-    assert survey(output.config).standing.unrecorded == {waiting}
+    assert survey(output.config).standing.unrecorded == {waiting.id}
+
+
+def test_copies_of_a_source_in_memory_stay_while_a_record_or_the_source_names_them(output, two_days_later):
+    """The manifest that the last run went by, its blocks, those that records name, and no others."""
+    record = output.shards["a.parquet"][0].file.version
+    inputs = output.out / "_engine/inputs"
+    inputs.mkdir()
+    (inputs / "current.json").write_text('{"source":"memory:1111"}')
+    (inputs / "1111.json").write_text('[{"path":"rows-0","size":1,"version":"3333"}]')
+    (inputs / "2222.json").write_text('[{"path":"rows-0","size":1,"version":"4444"}]')
+    output.write(*(f"_engine/inputs/{version}.parquet" for version in ("3333", "4444", record)))
+    found = named(engine.gc(output.out, apply=True))
+    assert found == {"_engine/inputs/2222.json", "_engine/inputs/4444.parquet"}
 
 
 def test_an_input_that_the_source_does_not_name_and_that_is_there_is_not_gone(output, two_days_later):
