@@ -36,7 +36,7 @@ from engine.errors import (
 from engine.version import __version__
 
 if TYPE_CHECKING:
-    from engine.faces import embed, plan, report, run, status, verify
+    from engine.faces import embed, gc, plan, report, run, status, verify
     from engine.models.base import BaseEmbeddingModel, Embeddings
     from engine.models.cohere import CohereEmbeddingModel
     from engine.models.openai import OpenAIEmbeddingModel
@@ -68,6 +68,7 @@ __all__ = [
     "Unavailable",
     "__version__",
     "embed",
+    "gc",
     "plan",
     "report",
     "run",
@@ -77,6 +78,7 @@ __all__ = [
 
 _LAZY = {
     "embed": "engine.faces",
+    "gc": "engine.faces",
     "plan": "engine.faces",
     "report": "engine.faces",
     "run": "engine.faces",

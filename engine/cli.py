@@ -23,7 +23,7 @@ from rich.logging import RichHandler
 from rich.text import Text
 from typer.exceptions import TyperException
 
-from engine import runner
+from engine import cli_gc, runner
 from engine.config import load_config
 from engine.errors import ConfigError, EngineError, ProviderError
 from engine.options import given, job_options
@@ -238,6 +238,9 @@ def _print(result: _Result, as_json: bool, show: Callable[[Console, _Result], No
         print(json.dumps(result.as_json()))  # noqa: T201 - the result
     else:
         show(Console(highlight=False, soft_wrap=True), result)
+
+
+cli_gc.add_to(app, _reporting, lambda result, as_json: _print(result, as_json, show))
 
 
 def _exit_code_of(result: RunResult, job: JobConfig) -> int:

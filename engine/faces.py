@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
     from engine.reporting.projection import Projection
     from engine.reporting.story import ReportResult
-    from engine.results import PlanResult, RunResult, StatusResult, VerifyResult
+    from engine.results import GcResult, PlanResult, RunResult, StatusResult, VerifyResult
     from engine.verification import Level
 
-__all__ = ["embed", "plan", "report", "run", "status", "verify"]
+__all__ = ["embed", "gc", "plan", "report", "run", "status", "verify"]
 
 
 def plan(*, config: str | Path | None = None, **options: Any) -> PlanResult:
@@ -78,6 +78,13 @@ def report(
     from engine.reporting import story
 
     return story.report(str(output), _text(to), color_by=color_by, sample_rows=sample_rows, projection=projection)
+
+
+def gc(output: str | Path, *, apply: bool = False, older_than_days: int = 1, inputs_gone: bool = False) -> GcResult:
+    """Find what an output does not need, and delete it if `apply` says so: see `engine.garbage.gc`."""
+    from engine import garbage
+
+    return garbage.gc(str(output), apply=apply, older_than_days=older_than_days, inputs_gone=inputs_gone)
 
 
 def _text(path: str | Path | None) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -45,6 +46,14 @@ class Storage(Protocol):
 
     def names(self, folder: str) -> Iterator[str]:
         """Yield what `sizes` yields, without the sizes: a listing costs one call for many files, a size one a file."""
+
+    def ages(self) -> Iterator[tuple[str, int, float]]:
+        """
+        Yield the name, the size in bytes, and the age in seconds of each file below the root; nothing that links lead to.
+
+        Ages are since a file was put where it is, by the clock of the store, which a file is written for: that of this machine is not
+        looked at.
+        """
 
     def rename(self, name: str, to: str) -> bool:
         """Move `name` to the unused name `to`; return False if `name` is gone."""
@@ -112,6 +121,19 @@ class LocalStorage:
         for entry in self._scan(folder):
             yield entry.name
 
+    def ages(self) -> Iterator[tuple[str, int, float]]:
+        """Yield the name, the size in bytes, and the age in seconds by the disk's clock of each file below the root, behind no link."""
+        now = self._now()
+        with _explained(self.root, "list"):
+            for folder, _, names in os.walk(self.root, onerror=_raise_unless_gone):
+                below = "" if folder == self.root else f"{Path(folder).relative_to(self.root).as_posix()}/"
+                for name in names:
+                    with suppress(FileNotFoundError):
+                        status = Path(folder, name).lstat()
+                        if stat.S_ISREG(status.st_mode):
+                            # A file that is moved keeps its time of change; that of its entry tells when it came.
+                            yield f"{below}{name}", status.st_size, now - max(status.st_mtime, status.st_ctime)
+
     def rename(self, name: str, to: str) -> bool:
         """Move `name` to the unused name `to`; return False if `name` is gone."""
         target = self._path(to)
@@ -151,6 +173,18 @@ class LocalStorage:
                     Path(entry.path).unlink()
                     num_deleted += 1
         return num_deleted
+
+    def _now(self) -> float:
+        """Return the time by the clock that dates the files here: on a network disk, its server's."""
+        with _explained(self.root):
+            probe = self._path(f"{STAGING}/{uuid.uuid4().hex}.clock")
+            self._folder(probe.parent)
+            try:
+                probe.write_bytes(b"1")
+                return probe.stat().st_mtime
+            finally:
+                with suppress(FileNotFoundError):
+                    probe.unlink()
 
     def _path(self, name: str) -> Path:
         return Path(self.root, name)
@@ -218,6 +252,11 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 _ADVICE = {

@@ -11,7 +11,7 @@ from engine.errors import ConfigError, CorruptOutput, EngineError, Refused, Sour
 from engine.ledger import Ledger
 from engine.models import registry
 from engine.planning import Plan, choose_shard_rows, make_plan
-from engine.schema import FORMAT_VERSION, Job, fingerprint_of, utc_now
+from engine.schema import FORMAT_VERSION, InputFile, Job, fingerprint_of, utc_now
 from engine.sources.formats import read_shapes
 from engine.sources.inventory import Inventory, absolute, list_inputs
 from engine.sources.rows import Selection
@@ -32,6 +32,8 @@ class Standing:
     unrecorded: frozenset[str]
     """Pending shards that have a part: a run died before it could write their record."""
     warnings: tuple[str, ...]
+    files: tuple[InputFile, ...] = ()
+    """Of the source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,7 @@ def _compare(ledger: Ledger, job: Job, inventory: Inventory, shapes: list[FileSh
     if not todo.num_rows:
         warnings.append("the source has no rows")
     unrecorded = frozenset(shard.id for shard in todo.pending if shard.id in parts)
-    return Standing(todo, missing, lost, unrecorded, tuple(warnings))
+    return Standing(todo, missing, lost, unrecorded, tuple(warnings), inventory.files)
 
 
 def _job(config: JobConfig, identity: dict[str, Any], inventory: Inventory, shapes: list[FileShape]) -> Job:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from xdist.scheduler import LoadScopeScheduling
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["RAY_AUTH_MODE"] = "disabled"
+# Ray ends workers that are idle for a second, and a new one takes two seconds of CPU: most of what a small run costs.
+os.environ |= {"RAY_idle_worker_killing_time_threshold_ms": "600000", "RAY_num_workers_soft_limit": "8"}
 
 
 class RayTogether(LoadScopeScheduling):
@@ -32,11 +36,67 @@ def _starts_ray(file: str) -> bool:
     return "pytest.mark.ray" in (Path(__file__).parent.parent / file).read_text()
 
 
+@cache
+def _shares_ray(file: Path) -> bool:
+    return "shared_ray" in file.read_text()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> RayTogether:
     return RayTogether(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast ones first: those that start Ray go last."""
-    items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
+    """Fast ones first: those that start Ray go last, and of these the files that share one go before those that have their own."""
+    items.sort(key=lambda item: (item.get_closest_marker("ray") is not None, not _shares_ray(item.path)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_ray(request: pytest.FixtureRequest) -> None:
+    """End the Ray that files share, before a file begins that has its own."""
+    if _starts_ray(request.node.nodeid) and not _shares_ray(request.path):
+        import ray
+
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def shared_ray() -> Iterator[str]:
+    """
+    The address of a Ray in this process, which outlives what is run on it, with the workers that former runs left idle.
+
+    It has two cores and four GPUs that are only numbers, and its workers have a provider's key.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+            environment.setenv("OPENAI_API_KEY", "sk-of-the-cluster")
+            ray.init(
+                address="local",
+                num_cpus=2,
+                num_gpus=4,
+                include_dashboard=False,
+                logging_level="ERROR",
+                log_to_driver=False,
+            )
+    yield ray.get_runtime_context().gcs_address
+    assert ray.is_initialized(), "the engine leaves a Ray of the caller's running"
+
+
+@pytest.fixture(autouse=True)
+def _actors_have_left(request: pytest.FixtureRequest) -> None:
+    """Wait until the cores of a shared Ray are free: after a run that failed, an actor keeps its own until Python collects what led to it."""
+    if "shared_ray" not in request.fixturenames:
+        return
+    import ray
+
+    from tests.kills import wait_until
+
+    def are_free() -> bool:
+        gc.collect()
+        return bool(ray.available_resources().get("CPU") == 2)
+
+    request.getfixturevalue("shared_ray")
+    wait_until(are_free)

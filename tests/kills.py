@@ -35,12 +35,14 @@ class Job:
         folder: Where its source and its output go.
         address: Of the Ray cluster that it runs on; None lets each run start its own.
         delay_s: Seconds that the model takes for a shard.
+        num_actors: On one core each.
     """
 
-    def __init__(self, folder: Path, address: str | None, delay_s: float = 0.05) -> None:
+    def __init__(self, folder: Path, address: str | None, delay_s: float = 0.05, num_actors: int = 2) -> None:
         self.output = folder / "out"
         self.source = folder / "in"
         self._address = address
+        self._num_actors = num_actors
         self._model_args = {"fail_on": FAILING, "delay_s": delay_s}
         self.expected = self._write()
 
@@ -79,9 +81,11 @@ class Job:
                     "--shard-rows",
                     "20",
                     "--num-actors",
-                    "2",
+                    str(self._num_actors),
                     "--cpus-per-actor",
                     "1",
+                    "--device",
+                    "cpu",
                     *address,
                     *options,
                 ),

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
-import ray
 import yaml
 
 from engine.cli import main
@@ -42,20 +41,12 @@ def job(texts, tmp_path) -> list[str]:
     return ["--source", str(texts), "--output", str(tmp_path / "out"), *HASH, "--shard-rows", "20", "--device", "cpu"]
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """A Ray in this process, which the commands of this process join."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-
-
 def output(out: str | Path, path: Path) -> str:
     return str(path / out)
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("shared_ray")
 def test_the_verbs_tell_one_story(job, tmp_path, capfd):
     """Plan, run, run again, status, verify: the counts add up, results are on stdout, progress is on stderr."""
     out = str(tmp_path / "out")
@@ -79,7 +70,7 @@ def test_the_verbs_tell_one_story(job, tmp_path, capfd):
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("shared_ray")
 def test_json_is_one_object_on_stdout_whatever_workers_print(job, tmp_path, capfd):
     """What a custom model prints in its actor goes to stderr."""
     model = ["--model", "custom:tests.models.ChattyModel"]
@@ -93,7 +84,7 @@ def test_json_is_one_object_on_stdout_whatever_workers_print(job, tmp_path, capf
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("shared_ray")
 def test_log_lines_say_what_is_initialised_started_and_done(job, capfd):
     """With --verbose: the lines that Kura's users know, and no text in them."""
     assert main(["run", *job, "--verbose"]) == 0
@@ -104,7 +95,7 @@ def test_log_lines_say_what_is_initialised_started_and_done(job, capfd):
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("shared_ray")
 def test_more_rejects_than_allowed_is_exit_code_5_and_loses_nothing(job, tmp_path, capfd):
     """All that can be embedded is; the count is over all runs of the output."""
     assert main(["run", *job, "--max-rejects", "1"]) == 5
@@ -115,7 +106,7 @@ def test_more_rejects_than_allowed_is_exit_code_5_and_loses_nothing(job, tmp_pat
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("shared_ray")
 def test_a_model_that_fails_is_exit_code_4_in_one_message(job, capfd):
     """No traceback of ours, none of Ray's."""
     assert main(["run", *job, "--model", "custom:tests.models.BrokenModel", "--json"]) == 4
@@ -126,7 +117,7 @@ def test_a_model_that_fails_is_exit_code_4_in_one_message(job, capfd):
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("shared_ray")
 def test_a_model_that_cannot_be_built_on_its_actor_is_one_message(job, capfd):
     """An error of a constructor arrives as what it is."""
     arguments = ["--model-args", '{"no_such_argument": 1}']
@@ -164,7 +155,7 @@ def harmed(texts: Path) -> dict[str, tuple[Callable[[], None], list[str], int, s
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("shared_ray")
 def test_what_goes_wrong_between_two_runs_is_one_message_and_touches_nothing(job, texts, tmp_path, capfd):
     """Each with its exit code; what was committed is still there, byte for byte, and good."""
     assert main(["run", *job]) == 0
@@ -178,7 +169,7 @@ def test_what_goes_wrong_between_two_runs_is_one_message_and_touches_nothing(job
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("shared_ray")
 def test_a_publisher_that_cannot_write_ends_the_run_and_the_next_one_goes_on(job, tmp_path, capfd):
     """Its message arrives whole, with exit code 1; parts that were written are adopted."""
     (tmp_path / "out/_engine").mkdir(parents=True)
@@ -194,22 +185,23 @@ def test_a_publisher_that_cannot_write_ends_the_run_and_the_next_one_goes_on(job
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_stops_cleanly_and_the_same_command_resumes(tmp_path, number):
+def test_an_interrupt_stops_cleanly_and_the_same_command_resumes(shared_ray, tmp_path):
     """Ctrl-C, and SIGTERM as clusters send it: exit code 130, what is committed is kept, and how to go on is said."""
-    job = Job(tmp_path, None, delay_s=0.15)
-    process = job.start()
-    job.wait_for_commits(4, process)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    ours = [
-        line for line in stderr.splitlines() if b"pid=" not in line
-    ]  # a worker may be interrupted in a finalizer, and say so
-    assert b"run the same command again to go on" in stderr
-    assert not any(b"Traceback" in line for line in ours)
-    assert 4 <= job.num_committed() < 60
-    job.finish()
+    job = Job(tmp_path, None, delay_s=0.15, num_actors=1)
+    for number, where in ((signal.SIGINT, ()), (signal.SIGTERM, ("--address", shared_ray))):
+        before = job.num_committed()
+        process = job.start(*where)
+        job.wait_for_commits(before + 4, process)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 130
+        ours = [
+            line for line in stderr.splitlines() if b"pid=" not in line
+        ]  # a worker may be interrupted in a finalizer, and say so
+        assert b"run the same command again to go on" in stderr
+        assert not any(b"Traceback" in line for line in ours)
+        assert before + 4 <= job.num_committed() < 60
+    job.finish("--address", shared_ray)
     job.check()
 
 

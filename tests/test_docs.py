@@ -17,8 +17,8 @@ from typer.main import get_command
 from engine.cli import app
 from tests.kills import ROOT
 
-RUN = ("docs/resuming.md", "docs/output.md")
-"""Whose `sh` and `python` blocks are run: the second goes by the output of the first."""
+RUN = ("docs/resuming.md", "docs/output.md", "docs/gc.md")
+"""Whose `sh` and `python` blocks are run: the others go by the output of the first."""
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 DOCUMENTS = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
 

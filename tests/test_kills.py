@@ -32,12 +32,13 @@ def address():
 
 @pytest.fixture
 def job(address, tmp_path: Path) -> Job:
-    return Job(tmp_path, address)
+    return Job(tmp_path, address, num_actors=1)
 
 
 @pytest.mark.parametrize("seed", [0])
-def test_drivers_killed_at_any_time_lose_and_repeat_nothing(job, seed):
+def test_drivers_killed_at_any_time_lose_and_repeat_nothing(address, tmp_path, seed):
     """SIGKILL of the driver, twice in a row, as it starts or as it commits; then the same command to its end."""
+    job = Job(tmp_path, address)
     chance = random.Random(seed)
     for _ in range(2):
         job.kill_at(chance, job.start())
@@ -62,28 +63,25 @@ def test_workers_killed_in_the_middle_are_replaced_and_the_run_goes_on(address, 
     job.check()
 
 
-def test_a_driver_killed_with_its_own_ray_resumes(tmp_path):
-    """SIGKILL of a driver that had started Ray itself: the same command resumes at once, beside what is left of that Ray."""
-    job = Job(tmp_path, None)
+def test_a_driver_killed_with_its_own_ray_and_a_ray_killed_under_its_driver_lose_nothing(address, tmp_path):
+    """SIGKILL of a driver that had started Ray itself: the same command resumes at once, beside what is left of that Ray. SIGKILL of
+    Ray itself under a live driver: the run ends with an error, and the same command resumes.
+    """
+    job = Job(tmp_path, None, delay_s=0.1, num_actors=1)
     process = job.start()
     job.wait_for_commits(5, process)
     process.kill()
     process.communicate()
-    assert 5 <= job.num_committed() < 60
-    job.finish()
-    job.check()
-
-
-def test_a_raylet_killed_ends_the_run_and_the_same_command_resumes(tmp_path):
-    """SIGKILL of Ray itself under a live driver: the run ends with an error, and nothing is lost."""
-    job = Job(tmp_path, None)
+    before = job.num_committed()
+    assert 5 <= before < 60
     process = job.start()
-    job.wait_for_commits(5, process)
+    job.wait_for_commits(before + 5, process)
     raylet = next(child for child in psutil.Process(process.pid).children() if child.name() == "raylet")
     raylet.kill()
     _, stderr = process.communicate(timeout=120)
     assert process.returncode != 0, stderr.decode()[-2000:]
-    job.finish()
+    assert before + 5 <= job.num_committed() < 60
+    job.finish("--address", address)
     job.check()
 
 

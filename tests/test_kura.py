@@ -217,17 +217,8 @@ def test_clusters_are_reduced_and_projected(local, summaries):
     asyncio.run(story())
 
 
-@pytest.fixture
-def cluster():
-    import ray
-
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-
-
 @pytest.mark.ray
-def test_kuras_own_class_runs_in_the_engines_actors_and_its_vectors_go_back_into_kura(cluster, summaries, tmp_path):
+def test_kuras_own_class_runs_in_the_engines_actors_and_its_vectors_go_back_into_kura(shared_ray, summaries, tmp_path):
     """`custom:kura.embedding.…` through a run: summaries to a source, vectors into summaries, and a reject among them."""
     import engine
     from engine.integrations.kura_checkpoints import summaries_to_source, with_embeddings
@@ -238,7 +229,7 @@ def test_kuras_own_class_runs_in_the_engines_actors_and_its_vectors_go_back_into
     summaries_to_source([*summaries, blank], source, text=lambda one: one.summary if one is not blank else " ")
     folder = str(folder_of(PACKAGED))
     result = engine.run(
-        source=str(source), output=str(tmp_path / "out"), id_column="id", progress=False,
+        source=str(source), output=str(tmp_path / "out"), id_column="id", progress=False, device="cpu",
         model="custom:kura.embedding.SentenceTransformerEmbeddingModel", model_args={"model_name": folder},
     )  # fmt: skip
     assert (result.num_rows, result.num_rejects) == (12, 1)

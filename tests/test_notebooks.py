@@ -79,7 +79,7 @@ def test_a_notebooks_stop_button_leaves_a_resumable_job(kernel, tmp_path):
     os.makedirs(tmp_path / "out", exist_ok=True)  # noqa: PTH103
     cell = (
         "import engine\nresult = engine.run(source='in.parquet', output='out', model='custom:tests.models.HashModel', "
-        "model_args={'delay_s': 0.5}, shard_rows=2)\n(result.interrupted, result.num_rows, result.pending_rows)"
+        "model_args={'delay_s': 0.3}, shard_rows=2)\n(result.interrupted, result.num_rows, result.pending_rows)"
     )
     records = tmp_path / "out/_engine/commits"
 

