@@ -52,6 +52,10 @@ class JobConfig(ModelConfig):
     if_in_use: Literal["refuse", "wait", "take-over"] = Field(
         "refuse", description="what to do if a live run owns the output; take-over ends that one cleanly"
     )
+    unsafe_single_writer: bool = Field(
+        False,
+        description="write to an object store that cannot refuse to overwrite: right only as long as one run at a time writes there",
+    )
     stall_s: float | None = Field(
         None,
         gt=0,
