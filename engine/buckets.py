@@ -358,7 +358,9 @@ def _code(error: Exception) -> str:
 
 
 def _has_no_keys(error: Exception) -> bool:
-    return "169.254.169.254" in str(error) or "token request" in str(error) or "MissingAccount" in str(error)
+    """Say whether it was the role of the machine that was asked for keys, in vain: the last place that a library looks at."""
+    said = str(error)
+    return any(sign in said for sign in ("/latest/api/token", "/latest/meta-data", "token request", "MissingAccount"))
 
 
 _EXPIRED = "its credentials have expired: renew them where the engine and its workers run"
