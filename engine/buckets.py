@@ -397,6 +397,8 @@ def _explanation(error: Exception, verb: str, root: str) -> EngineError:
     if _has_no_keys(error):
         return ConfigError(f"cannot {verb} {root}: {_NO_KEYS}")
     advice = _ADVICE.get(code) or _OF_STATUS.get(status)
+    if advice is None and "redirect without LOCATION" in str(error):
+        advice = _REGION
     if advice is None and (isinstance(error, FileNotFoundError) or status == 404):
         advice = _NO_BUCKET
     if advice is None and isinstance(error, ValueError):

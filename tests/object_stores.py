@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -93,14 +93,24 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.forward(body, fault)
 
-    do_GET = do_HEAD = do_PUT = do_DELETE = do_POST = answer
+    def do_GET(self) -> None:
+        self.answer()
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_PUT(self) -> None:
+        self.answer()
+
+    def do_DELETE(self) -> None:
+        self.answer()
 
     def forward(self, body: bytes, fault: str | None) -> None:
         headers = dict(self.headers)
         if not self.store.is_conditional:
             headers = {name: value for name, value in headers.items() if name.lower() != "if-none-match"}
         connection = http.client.HTTPConnection(*self.behind)
-        with self.putting if self.command == "PUT" else suppress():
+        with self.putting if self.command == "PUT" else nullcontext():
             connection.request(self.command, self.path, body, headers)
             answer = connection.getresponse()
             data = answer.read()
