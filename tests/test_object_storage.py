@@ -170,6 +170,7 @@ def test_a_store_that_stays_away_ends_in_one_error(storage, s3, monkeypatch):
     """After a bounded time, with what to do and that nothing is lost."""
     storage.create("a", b"1")
     monkeypatch.setattr(buckets, "PATIENCE_S", 0.3)
+    storage = ObjectStorage(storage.root)
     s3.fail((503, "SlowDown"), times=10**6)
     message = "did not answer, or asked to slow down, for 0.3 s: let it recover, then run the same command again; all that was"
     for act in (

@@ -8,13 +8,14 @@ environment, or what `hf auth login` has stored, where the engine and its worker
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from engine.errors import SourceError
+from engine.errors import EngineError, SourceError
 from engine.schema import InputFile
 
 SCHEME = "hf://"
@@ -93,7 +94,38 @@ def open_file(file: InputFile, changed: Callable[[], Exception]) -> Any:
             raise changed()
         location = found.location
     with _explained(_address(location)):
-        return HfFileSystem(skip_instance_cache=True).open(location, "rb", block_size=READ_BUFFER_BYTES)
+        opened = HfFileSystem(skip_instance_cache=True).open(location, "rb", block_size=READ_BUFFER_BYTES)
+    return _HubFile(opened, _address(location))
+
+
+class _HubFile(io.RawIOBase):
+    """A file of the Hub, whose errors are the engine's."""
+
+    def __init__(self, opened: Any, address: _Address) -> None:
+        super().__init__()
+        self._opened = opened
+        self._address = address
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return int(self._opened.tell())
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._opened.seek(offset, whence))
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        with _explained(self._address):
+            return bytes(self._opened.read(-1 if size is None else size))
+
+    def readinto(self, buffer: Any, /) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def _address(location: str) -> _Address:
@@ -126,7 +158,6 @@ def _explained(address: _Address) -> Iterator[None]:
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
-        HfHubHTTPError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -146,7 +177,9 @@ def _explained(address: _Address) -> Iterator[None]:
         ) from None
     except (RevisionNotFoundError, EntryNotFoundError, FileNotFoundError):
         raise SourceError(f"there is no such revision or path: {address.at(address.revision, address.path)}") from None
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # of whichever HTTP library the Hub's client uses
+        if isinstance(error, EngineError):
+            raise
         raise SourceError(
             f"{repository} cannot be read ({type(error).__name__}): the Hub does not answer as it should; run the same command again "
             "in a while"
