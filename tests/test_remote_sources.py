@@ -63,9 +63,10 @@ def parquet(num_rows: int, word: str = "text") -> bytes:
     return sink.getvalue()
 
 
-@pytest.fixture
-def both(s3, tmp_path) -> tuple[Path, str]:
+@pytest.fixture(scope="module")
+def both(server, tmp_path_factory) -> tuple[Path, str]:
     """The same files in a folder and below a prefix."""
+    tmp_path = tmp_path_factory.mktemp("both")
     root = f"s3://{BUCKET}/{tmp_path.name}"
     for number, path in enumerate(PATHS):
         data = parquet(10 + number)
@@ -105,16 +106,16 @@ def test_a_bucket_is_listed_as_a_folder_is(both, source):
     assert absolute(absolute(f"{root}/{source}")) == absolute(f"{root}/{source}")
 
 
-def test_a_version_is_the_content_s(both):
+def test_a_version_is_the_content_s(s3, tmp_path):
     """The same bytes put again are the same input; other bytes of the same size are another."""
-    _, root = both
-    before = list_inputs([f"{root}/in/a.parquet"]).files[0]
-    put(f"{root}/in/a.parquet", parquet(10))
-    assert list_inputs([f"{root}/in/a.parquet"]).files[0] == before
-    put(f"{root}/in/a.parquet", parquet(10, "TEXT"))
-    after = list_inputs([f"{root}/in/a.parquet"]).files[0]
-    assert after.size == before.size
-    assert after.version != before.version
+    location = f"s3://{BUCKET}/{tmp_path.name}/a.parquet"
+    versions = []
+    for word in ("text", "text", "TEXT"):
+        put(location, parquet(10, word))
+        versions.append(list_inputs([location]).files[0])
+    assert versions[0] == versions[1]
+    assert versions[2].size == versions[0].size
+    assert versions[2].version != versions[0].version
 
 
 def test_sources_are_of_one_place_and_named_in_any_order(both):
