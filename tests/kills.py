@@ -23,6 +23,7 @@ from engine.buckets import Bucket, place_of
 from engine.ledger import COMMITS
 from engine.storage import open_storage
 from tests.models import HashModel
+from tests.object_stores import keys
 
 ROOT = Path(__file__).parent.parent
 ACTOR = "ray::MapWorker(MapBatches(EmbedWorker))"
@@ -149,6 +150,11 @@ class BucketJob(Job):
         self.source, self.output = f"{bucket}/{folder.name}/in", f"{bucket}/{folder.name}/out"
         for path in (folder / "in").iterdir():
             open_storage(self.source).create(path.name, path.read_bytes())
+
+    def num_committed(self) -> int:
+        """Count the commit records where the server keeps them: who waits for them asks again and again."""
+        prefix = place_of(f"{self.output}/{COMMITS}").key
+        return sum(key.startswith(prefix) for key in keys())
 
     def local_output(self) -> Path:
         copy = self._folder / "copy"

@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from unittest.mock import patch
 
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
 
 KEYS = {
@@ -146,6 +148,11 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, *_: Any) -> None:  # a client that was killed
         pass
+
+
+def keys() -> dict[str, Any]:
+    """Return the objects of the bucket, by key, past the server."""
+    return dict(s3_backends[DEFAULT_ACCOUNT_ID]["global"].buckets[BUCKET].keys)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from engine.ledger import Ledger
 from engine.object_storage import PROBES, ObjectStorage
 from engine.storage import open_storage
 from tests.builders import FINGERPRINT, USAGE, make_rejects, make_shard, make_table
-from tests.object_stores import BUCKET, KEYS, Store, serving
+from tests.object_stores import BUCKET, KEYS, Store, keys, serving
 
 NUM_WRITERS = 16
 
@@ -52,9 +52,8 @@ def storage(s3, tmp_path) -> ObjectStorage:
 
 def objects(storage: ObjectStorage) -> dict[str, bytes]:
     """Return all that is stored, by name."""
-    keys = s3_backends[DEFAULT_ACCOUNT_ID]["global"].buckets[BUCKET].keys
     prefix = storage.root.partition(f"{BUCKET}/")[2] + "/"
-    return {key.removeprefix(prefix): value.value for key, value in keys.items() if key.startswith(prefix)}
+    return {key.removeprefix(prefix): value.value for key, value in keys().items() if key.startswith(prefix)}
 
 
 def publish(storage: ObjectStorage) -> str:
@@ -320,8 +319,7 @@ def test_old_probes_are_collected(storage):
     storage.create(f"{PROBES}/young", b"")
     storage.create(f"{PROBES}/old", b"")
     prefix = storage.root.partition(f"{BUCKET}/")[2]
-    key = s3_backends[DEFAULT_ACCOUNT_ID]["global"].buckets[BUCKET].keys[f"{prefix}/{PROBES}/old"]
-    key.last_modified = datetime.fromtimestamp(time.time() - 25 * 3600)
+    keys()[f"{prefix}/{PROBES}/old"].last_modified = datetime.fromtimestamp(time.time() - 25 * 3600)
     assert storage.collect_staging() == 1
     assert set(objects(storage)) == {f"{PROBES}/young"}
 
