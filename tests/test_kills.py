@@ -65,11 +65,9 @@ def test_a_job_from_a_bucket_into_a_bucket_survives_a_kill_and_a_bad_store(s3, a
         ("lost", "unsent", "cut", (503, "SlowDown"), (409, "ConditionalRequestConflict")) * 5
     ):
         s3.fail(fault, "GET" if fault == "cut" else "PUT", part="/data/", after=3 * number)
-    t0 = time.time()
     job.finish()
     s3.heal()
     job.check()
-
     assert not any("uploads" in request for request in s3.seen)
     logs = Path(ray._private.worker._global_node.get_session_dir_path(), "logs")
     written = [path for folder in (logs, job.local_output()) for path in folder.rglob("*") if path.is_file()]
