@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import BinaryIO, cast
 
-from engine.buckets import Bucket, Found, RangedFile, place_of
+from engine.buckets.bucket import Bucket, Found
+from engine.buckets.place import place_of
+from engine.buckets.ranged_file import RangedFile
 from engine.errors import EngineError, Refused
 
 PROBES = "_engine/probe"

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from engine.buckets import is_bucket
+from engine.buckets.place import is_bucket
 from engine.errors import ConfigError, EngineError
 from engine.object_storage import ObjectStorage
 

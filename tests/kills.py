@@ -19,7 +19,8 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 import engine
-from engine.buckets import Bucket, place_of
+from engine.buckets.bucket import Bucket
+from engine.buckets.place import place_of
 from engine.ledger import COMMITS
 from engine.storage import open_storage
 from tests.models import HashModel

@@ -15,8 +15,9 @@ import pytest
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 
-from engine import buckets, lease
-from engine.buckets import place_of
+from engine import lease
+from engine.buckets import bucket
+from engine.buckets.place import place_of
 from engine.errors import ConfigError, EngineError, OutputInUse, Refused
 from engine.lease import held
 from engine.ledger import Ledger
@@ -37,9 +38,9 @@ def server() -> Iterator[Store]:
 @pytest.fixture
 def s3(server, monkeypatch) -> Iterator[Store]:
     """The S3, which is well at first, and waits that are short."""
-    monkeypatch.setattr(buckets, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(buckets, "LONGEST_WAIT_S", 0.1)
-    monkeypatch.setattr(buckets, "PATIENCE_S", 20.0)
+    monkeypatch.setattr(bucket, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(bucket, "LONGEST_WAIT_S", 0.1)
+    monkeypatch.setattr(bucket, "PATIENCE_S", 20.0)
     server.seen.clear()
     yield server
     server.heal()
@@ -168,7 +169,7 @@ def test_a_body_that_breaks_off_is_read_on(storage, s3):
 def test_a_store_that_stays_away_ends_in_one_error(storage, s3, monkeypatch):
     """After a bounded time, with what to do and that nothing is lost."""
     storage.create("a", b"1")
-    monkeypatch.setattr(buckets, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(bucket, "PATIENCE_S", 0.3)
     storage = ObjectStorage(storage.root)
     s3.fail((503, "SlowDown"), times=10**6)
     message = "did not answer, or asked to slow down, for 0.3 s: let it recover, then run the same command again; all that was"
@@ -211,7 +212,7 @@ def test_what_waiting_does_not_help_is_said_at_once_and_loses_nothing(storage, s
 
 def test_without_credentials_one_is_told_where_to_put_them(storage, monkeypatch):
     """The last place that is asked is the machine's role."""
-    monkeypatch.setattr(buckets, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(bucket, "PATIENCE_S", 0.1)
     for name in KEYS:
         monkeypatch.delenv(name)
     with pytest.raises(ConfigError, match="no credentials were found: set them in the environment"):
@@ -222,7 +223,7 @@ def test_credentials_that_are_renewed_in_the_environment_are_taken(storage, s3, 
     """A notebook goes on with the new ones."""
     storage.create("a", b"a")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    monkeypatch.setattr(buckets, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(bucket, "PATIENCE_S", 0.1)
     with pytest.raises(EngineError, match="did not answer"):
         ObjectStorage(storage.root).read("a")
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3.url)
@@ -265,7 +266,7 @@ def test_a_commit_that_ends_at_any_request_is_finished_by_the_next(s3, tmp_path,
     publish(undisturbed)
     expected = objects(undisturbed)
     assert len(expected) == 4
-    monkeypatch.setattr(buckets, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(bucket, "PATIENCE_S", 0.0)
     num_failed = 0
     for number in itertools.count():
         storage = ObjectStorage(f"s3://{BUCKET}/{tmp_path.name}/{number}")
@@ -287,7 +288,7 @@ def test_a_commit_that_ends_at_any_request_is_finished_by_the_next(s3, tmp_path,
 def test_a_move_that_ends_between_copy_and_delete_is_finished(storage, s3, monkeypatch):
     """Both names are there meanwhile: nothing is lost; another file under the new name is not touched."""
     storage.create("data/a", b"a")
-    monkeypatch.setattr(buckets, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(bucket, "PATIENCE_S", 0.0)
     s3.fail((503, "SlowDown"), "DELETE")
     with pytest.raises(EngineError):
         storage.rename("data/a", "aside/a")

@@ -18,12 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from engine import buckets
-from engine.buckets import Bucket, place_of
+from engine.buckets import bucket, ranged_file
+from engine.buckets.bucket import Bucket
+from engine.buckets.place import place_of
 from engine.errors import SourceChanged, SourceError
 from engine.schema import TEXT, InputFile, Shard
 from engine.sources.formats import read_shapes, read_shards
 from engine.sources.inventory import absolute, list_inputs
+from engine.sources.opening import open_input
 from engine.sources.rows import Selection
 from tests.object_stores import BUCKET, Store, serving
 
@@ -48,8 +50,8 @@ def server() -> Iterator[Store]:
 
 @pytest.fixture
 def s3(server, monkeypatch) -> Iterator[Store]:
-    monkeypatch.setattr(buckets, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(buckets, "LONGEST_WAIT_S", 0.1)
+    monkeypatch.setattr(bucket, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(bucket, "LONGEST_WAIT_S", 0.1)
     server.seen.clear()
     yield server
     server.heal()
@@ -175,9 +177,24 @@ def test_a_file_is_read_in_pieces_and_in_spite_of_a_bad_store(s3, tmp_path):
     assert rows.table.num_rows == 100
 
 
+def test_small_reads_that_follow_each_other_share_requests(s3, tmp_path):
+    """A file of 10 MB, read line by line, or from its middle, is a handful of requests, and its bytes."""
+    location = f"s3://{BUCKET}/{tmp_path.name}/lines.txt"
+    data = b"".join(b"line %d of many\n" % number for number in range(500_000))
+    put(location, data)
+    file = list_inputs([location]).files[0]
+    for start in (0, 5_000_000):
+        s3.seen.clear()
+        with io.BufferedReader(open_input(file)) as opened:
+            opened.seek(start)
+            assert b"".join(opened) == data[start:]
+        assert len(s3.seen) <= 5
+
+
 @pytest.mark.parametrize("change", ["replaced", "deleted"])
-def test_an_object_that_changes_while_it_is_read_is_noticed(s3, tmp_path, change):
+def test_an_object_that_changes_while_it_is_read_is_noticed(s3, tmp_path, monkeypatch, change):
     """Between two shards of one pass: no row of the new content comes out."""
+    monkeypatch.setattr(ranged_file, "AHEAD_BYTES", 1)
     location = f"s3://{BUCKET}/{tmp_path.name}/x.parquet"
     put(location, parquet(2000))
     file = list_inputs([location]).files[0]

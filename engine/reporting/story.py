@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.buckets import is_bucket
+from engine.buckets.place import is_bucket
 from engine.errors import ConfigError
 from engine.reporting import figures, page, summary
 from engine.reporting.facts import facts_of, reasons_of

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.buckets import Bucket, Found, Place, RangedFile, is_bucket, place_of
+from engine.buckets.bucket import Bucket, Found
+from engine.buckets.place import Place, is_bucket, place_of
+from engine.buckets.ranged_file import RangedFile
 from engine.errors import SourceChanged, SourceError
 from engine.schema import InputFile
 from engine.sources import hub
