@@ -152,7 +152,8 @@ class _Server(ThreadingHTTPServer):
 
 def keys() -> dict[str, Any]:
     """Return the objects of the bucket, by key, past the server."""
-    return dict(s3_backends[DEFAULT_ACCOUNT_ID]["global"].buckets[BUCKET].keys)
+    versions = s3_backends[DEFAULT_ACCOUNT_ID]["global"].buckets[BUCKET].keys
+    return {key: of_key[-1] for key, of_key in dict(versions).items()}
 
 
 @contextmanager
