@@ -49,7 +49,7 @@ clean: ## delete what make, the tools and the demo made, .venv included
 	@rm -rf .venv demo build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(INSTALLED): pyproject.toml constraints.txt tests/kura.txt tests/moto.txt
+$(INSTALLED): pyproject.toml constraints.txt tests/kura.txt
 	@echo "making .venv with $(PYTHON), and installing the versions of constraints.txt (some minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
 	@$(PYTHON) -m venv .venv
@@ -57,5 +57,5 @@ $(INSTALLED): pyproject.toml constraints.txt tests/kura.txt tests/moto.txt
 	@$(PIP) $(TORCH)
 	@echo "installing embedding-engine, its dependencies and the tools"
 	@$(PIP) --editable '.[dev]'
-	@$(PIP) --no-deps --requirement tests/kura.txt --requirement tests/moto.txt
+	@$(PIP) --no-deps --requirement tests/kura.txt
 	@touch $@
