@@ -19,7 +19,6 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 import engine
-from engine.buckets.bucket import Bucket
 from engine.buckets.place import place_of
 from engine.ledger import COMMITS
 from engine.storage import open_storage
@@ -159,11 +158,12 @@ class BucketJob(Job):
 
     def local_output(self) -> Path:
         copy = self._folder / "copy"
-        place = place_of(str(self.output))
-        for found in Bucket(place).list(place.key):
-            path = copy / found.key.removeprefix(f"{place.key}/")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(Bucket(place).read(found.key))
+        prefix = place_of(str(self.output)).key + "/"
+        for key, found in keys().items():
+            if key.startswith(prefix):
+                path = copy / key.removeprefix(prefix)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(found.value)
         return copy
 
 

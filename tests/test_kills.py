@@ -70,8 +70,6 @@ def test_a_job_from_a_bucket_into_a_bucket_survives_a_kill_and_a_bad_store(s3, a
     s3.heal()
     job.check()
     assert engine.verify(job.output, "sample").lowest_cosine > 0.9999
-    report = engine.report(job.output, projection="pca").report
-    assert report == f"{job.output}/_engine/report.html"
     assert not any("uploads" in request for request in s3.seen)
     logs = Path(ray._private.worker._global_node.get_session_dir_path(), "logs")
     written = [path for folder in (logs, job.local_output()) for path in folder.rglob("*") if path.is_file()]

@@ -22,6 +22,7 @@ from engine.errors import ConfigError, EngineError, OutputInUse, Refused
 from engine.lease import held
 from engine.ledger import Ledger
 from engine.object_storage import PROBES, ObjectStorage
+from engine.reporting import story
 from engine.storage import open_storage
 from tests.builders import FINGERPRINT, USAGE, make_rejects, make_shard, make_table
 from tests.object_stores import BUCKET, KEYS, Store, keys, serving
@@ -323,6 +324,15 @@ def test_old_probes_are_collected(storage):
     keys()[f"{prefix}/{PROBES}/old"].last_modified = datetime.fromtimestamp(time.time() - 25 * 3600)
     assert storage.collect_staging() == 1
     assert set(objects(storage)) == {f"{PROBES}/young"}
+
+
+def test_a_report_goes_beside_its_output(storage):
+    """Into the bucket; a page elsewhere is a file on this machine."""
+    where, num_bytes = story._put(Ledger(storage), None, "<p>ü</p>")
+    assert where == f"{storage.root}/{story.REPORT}"
+    assert num_bytes == len(storage.read(story.REPORT)) == 9
+    with pytest.raises(ConfigError, match="--to names a file on this machine"):
+        story.report(storage.root, "s3://b/page.html")
 
 
 def test_a_lease_holds_in_a_bucket(storage, s3, monkeypatch):
