@@ -139,8 +139,6 @@ def test_what_names_nothing_is_said(both, source):
     """With the name."""
     with pytest.raises(SourceError, match=r"there is no file|no files match"):
         list_inputs([f"{both[1]}/{source}"])
-    with pytest.raises(SourceError, match=r"ftp://: only files"):
-        list_inputs(["ftp://host/file"])
 
 
 def test_source_and_output_are_kept_apart(both):
