@@ -24,9 +24,12 @@ class JobConfig(ModelConfig):
     """One job: a source, a model, an output, and how to run it."""
 
     source: tuple[str, ...] = Field(
-        description="files, folders or globs of Parquet; repeat for more than one", min_length=1
+        description="files, folders or globs of Parquet, on disks, in s3://, gs://, az:// or on hf://; repeat for more than one",
+        min_length=1,
     )
-    output: str = Field(description="the folder that the parts are written to", min_length=1)
+    output: str = Field(
+        description="the folder, or place in s3://, gs:// or az://, that the parts are written to", min_length=1
+    )
     text_column: str = Field("text", description="the column to embed", json_schema_extra=VECTORS)
     id_column: str | None = Field(
         None, description="the column that names a row; by default an `id` of file and row is made"
@@ -51,6 +54,10 @@ class JobConfig(ModelConfig):
     max_rejects: int | None = Field(None, ge=0, description="exit with 5 if more rows than this are rejected")
     if_in_use: Literal["refuse", "wait", "take-over"] = Field(
         "refuse", description="what to do if a live run owns the output; take-over ends that one cleanly"
+    )
+    unsafe_single_writer: bool = Field(
+        False,
+        description="write to an object store that cannot refuse to overwrite: right only as long as one run at a time writes there",
     )
     stall_s: float | None = Field(
         None,

@@ -31,13 +31,13 @@ from engine import lease
 from engine.errors import ConfigError
 from engine.history import RUNS
 from engine.ledger import COMMITS, DATA, REJECTS, SET_ASIDE, part_name, rejects_name
+from engine.object_storage import PROBES
 from engine.output_files import (
     CURRENT,
     ENGINE,
     HELD,
     INDEX,
     INPUTS,
-    PROBES,
     REUSE,
     SUPERSEDED,
     WHOLE,
@@ -48,6 +48,7 @@ from engine.output_files import (
 )
 from engine.results import Garbage, GcResult
 from engine.schema import canonical_json
+from engine.sources.inventory import is_there
 from engine.storage import STAGING
 from engine.survey import resurvey
 from engine.wording import count
@@ -202,7 +203,7 @@ class _Look:
         behind_links = 0
         for record in self.ledger.records(sorted(self._standing.plan.unknown | self._standing.lost)):
             if record.path not in there:
-                there[record.path] = _may_be_there(self._job.base, record.path)
+                there[record.path] = is_there(self._job.base, record.path)
             if there[record.path]:
                 continue
             if record.shard_id in parts and part_name(record.shard_id) not in self._files:
@@ -224,7 +225,7 @@ class _Look:
         num_there = self._standing.plan.num_files
         if len(paths) > num_there:
             return f"{len(paths)} of {count(len(paths) + num_there, 'input')} are gone, more than half: {sure}"
-        for path in sorted(paths):
+        for path in sorted(paths) if Path(self._job.base).is_absolute() else ():
             folder = next((above for above in Path(self._job.base, path).parents if above.is_dir()), None)
             if folder is not None and next(folder.iterdir(), None) is None:
                 return f"the folder {folder} is empty, as where a disk is not mounted: {sure}"
@@ -284,16 +285,3 @@ class _Look:
 
 def _garbage(kind: str, why: str, files: Collection[File]) -> Garbage:
     return Garbage(kind, why, sorted(file.name for file in files), sum(file.num_bytes for file in files))
-
-
-def _may_be_there(base: str, path: str) -> bool:
-    """Say whether an input is there, or cannot be looked at, as one that is not on a disk."""
-    if not Path(base).is_absolute():
-        return True
-    try:
-        Path(base, path).stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:
-        return True
-    return True

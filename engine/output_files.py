@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from engine.lease import LEASE
 from engine.ledger import COMMITS, SET_ASIDE, part_name, record_name, rejects_name
+from engine.object_storage import PROBES
 from engine.schema import InputFile, canonical_json, content_hash
 from engine.storage import STAGING
 
@@ -18,7 +19,6 @@ INDEX = "_engine/index"
 INDEX_FORMAT = 1
 INPUTS = "_engine/inputs"
 CURRENT = f"{INPUTS}/current.json"
-PROBES = "_engine/probe"
 WHOLE = (SET_ASIDE, STAGING, PROBES, SUPERSEDED, HELD, REUSE, INDEX, INPUTS)
 """Folders in which every file is the engine's."""
 _LEASE_NAME = re.compile(rf"{LEASE}/(\d{{8,}})\.(?:json|beat|end)")

@@ -80,6 +80,8 @@ def run(config: JobConfig, on_event: OnEvent | None = None) -> RunResult:
     tally = Tally()
     asked = survey(config)
     max_tokens = _max_tokens(asked)
+    if asked.standing.plan.pending:
+        asked.ledger.storage.probe()
     if asked.ledger.claim(asked.job) != asked.job:
         asked = survey(config)  # another driver was first, and its cuts hold
     storage = asked.ledger.storage

@@ -17,7 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from engine.buckets.place import is_bucket
 from engine.errors import ConfigError, EngineError
+from engine.object_storage import ObjectStorage
 
 STAGING = "_engine/tmp"
 STAGING_MAX_AGE_S = 24 * 3600
@@ -63,6 +65,9 @@ class Storage(Protocol):
 
     def delete(self, name: str) -> None:
         """Delete `name`, if it is there."""
+
+    def probe(self) -> None:
+        """Make sure that `create` holds here: raise Refused where a name can be created twice."""
 
     def collect_staging(self) -> int:
         """Delete what dead writers left behind; return how many files that was."""
@@ -163,6 +168,9 @@ class LocalStorage:
         with _explained(self.root, "delete from"), suppress(FileNotFoundError):
             self._path(name).unlink()
 
+    def probe(self) -> None:
+        """Do nothing: no disk lets link(2) replace a name."""
+
     def collect_staging(self) -> int:
         """Delete what dead writers left behind; return how many files that was."""
         num_deleted = 0
@@ -229,16 +237,24 @@ class LocalStorage:
         self._known.add(str(path))
 
 
-def open_storage(location: str) -> Storage:
+def open_storage(location: str, *, is_single_writer: bool = False) -> Storage:
     """
     Open the store that an output's location names.
+
+    Args:
+        location: A folder, or a place in a bucket.
+        is_single_writer: Do without conditional puts on an object store that has none.
 
     Raises:
         ConfigError: If no store of that kind is known.
     """
+    if is_bucket(location):
+        return ObjectStorage(location, is_single_writer=is_single_writer)
     scheme, separator, rest = location.partition("://")
     if separator and scheme != "file":
-        raise ConfigError(f"output {location!r}: only local folders can be written to; give a path")
+        raise ConfigError(
+            f"output {scheme}://: only folders and object stores (s3://, gs://, az://) can be written to; give one of these"
+        )
     path = Path(rest if separator else location).expanduser()
     if path.exists() and not path.is_dir():
         raise ConfigError(f"output {location!r} is a file; give a folder")

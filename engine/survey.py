@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from engine.config import JobConfig, validated
@@ -13,7 +12,7 @@ from engine.models import registry
 from engine.planning import Plan, choose_shard_rows, make_plan
 from engine.schema import FORMAT_VERSION, InputFile, Job, fingerprint_of, utc_now
 from engine.sources.formats import read_shapes
-from engine.sources.inventory import Inventory, absolute, list_inputs
+from engine.sources.inventory import Inventory, absolute, is_there, list_inputs
 from engine.sources.rows import Selection
 from engine.sources.shape import FileShape
 from engine.storage import open_storage
@@ -59,7 +58,7 @@ def survey(config: JobConfig) -> Survey:
         FingerprintMismatch: The output is of another model or setting.
         SourceChanged: A file is no longer what its committed rows were made from.
     """
-    ledger = Ledger(open_storage(config.output))
+    ledger = Ledger(open_storage(config.output, is_single_writer=config.unsafe_single_writer))
     inventory = list_inputs(config.source, outside=config.output)
     found = registry.pinned(config)
     pinned = config.model_copy(update={name: getattr(found, name) for name in ("model", "revision", "base_url")})
@@ -87,6 +86,8 @@ def opened(output: str) -> tuple[Ledger, Job]:
     job = ledger.job()
     if job is None:
         raise ConfigError(f"{output} is not an output of the engine: it has no _engine/job.json; check the path")
+    if job.config.get("unsafe_single_writer"):
+        ledger = Ledger(open_storage(output, is_single_writer=True))
     return ledger, job
 
 
@@ -192,7 +193,8 @@ def _unknown_warnings(ledger: Ledger, todo: Plan, inventory: Inventory, job: Job
     if not todo.unknown:
         return []
     listed = {file.path: file for file in inventory.files}
-    same_file = {(file.size, file.version): file for file in inventory.files}
+    # Of those with rows to do: in object stores, where equal content has an equal version, copies look like one file.
+    same_file = {(shard.file.size, shard.file.version): shard.file for shard in todo.pending}
     absent: set[str] = set()
     for record in ledger.records(sorted(todo.unknown)):
         if (file := listed.get(record.path)) is not None:
@@ -212,7 +214,7 @@ def _unknown_warnings(ledger: Ledger, todo: Plan, inventory: Inventory, job: Job
             f"{ledger.root} was made from {job.base}, and {len(absent)} of its inputs are not below {inventory.base} "
             f"({min(absent)}): name the source as the first run did, or use another output folder"
         )
-    gone = {path for path in absent if not Path(job.base, path).exists()}
+    gone = {path for path in absent if not is_there(job.base, path)}
     warnings = []
     if gone:
         warnings.append(f"{len(gone)} inputs are gone whose rows are in the output, and stay there: {min(gone)}")

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -31,6 +30,7 @@ from engine.part import Part, vectors_of
 from engine.results import Finding, VerifyResult
 from engine.schema import EMBEDDING, PART_METADATA, SOURCE_ROW, TEXT, CommitRecord, InputFile, Shard
 from engine.sources.formats import read_shards
+from engine.sources.inventory import location_of
 from engine.sources.rows import Selection
 from engine.sources.texts import split, values_of
 from engine.survey import stored_config
@@ -258,7 +258,7 @@ class _Check:
 def _texts_of(stored: Part, picked: list[int], base: str, selection: Selection) -> list[str]:
     """Read the texts of some of a part's rows from its input."""
     record = stored.record
-    file = InputFile(record.path, str(Path(base, record.path)), record.size, record.version)
+    file = InputFile(record.path, location_of(base, record.path), record.size, record.version)
     shard = Shard(record.shard_id, file, record.start, record.stop)
     wanted = np.asarray(stored.table.column(SOURCE_ROW))[picked] - record.start
     column = next(read_shards([shard], selection)).table.column(TEXT)

@@ -19,7 +19,11 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 import engine
+from engine.buckets.place import place_of
+from engine.ledger import COMMITS
+from engine.storage import open_storage
 from tests.models import HashModel
+from tests.object_stores import keys
 
 ROOT = Path(__file__).parent.parent
 ACTOR = "ray::MapWorker(MapBatches(EmbedWorker))"
@@ -39,8 +43,9 @@ class Job:
     """
 
     def __init__(self, folder: Path, address: str | None, delay_s: float = 0.05, num_actors: int = 2) -> None:
-        self.output = folder / "out"
-        self.source = folder / "in"
+        self.output: Path | str = folder / "out"
+        self.source: Path | str = folder / "in"
+        self._folder = folder
         self._address = address
         self._num_actors = num_actors
         self._model_args = {"fail_on": FAILING, "delay_s": delay_s}
@@ -48,7 +53,8 @@ class Job:
 
     def _write(self) -> dict[str, np.ndarray]:
         """Write the source; return the vectors that belong to its ids."""
-        self.source.mkdir(parents=True)
+        source = self._folder / "in"
+        source.mkdir(parents=True)
         model, expected = HashModel(), {}
         for number in range(3):
             ids = [f"{number}-{row}" for row in range(400)]
@@ -56,7 +62,7 @@ class Job:
             if number == 1:
                 texts[7], texts[390] = None, f"{FAILING} here"
                 texts[40:52] = [""] * 12
-            pq.write_table(pa.table({"id": ids, "text": texts}), self.source / f"{number}.parquet", row_group_size=100)
+            pq.write_table(pa.table({"id": ids, "text": texts}), source / f"{number}.parquet", row_group_size=100)
             good = {name: text for name, text in zip(ids, texts, strict=True) if text and FAILING not in text}
             expected |= {name: model.vector(text) for name, text in good.items()}
         return expected
@@ -104,7 +110,7 @@ class Job:
 
     def num_committed(self) -> int:
         """Count the commit records."""
-        return len(list(self.output.glob("_engine/commits/*.json")))
+        return len(list(open_storage(str(self.output)).names(COMMITS)))
 
     def wait_for_commits(self, number: int, process: subprocess.Popen[bytes]) -> None:
         """Wait until so many shards are committed, or the command ends."""
@@ -120,19 +126,49 @@ class Job:
         process.kill()
         process.communicate()
 
+    def local_output(self) -> Path:
+        """Return where the output can be read."""
+        return Path(self.output)
+
     def check(self) -> None:
         """Make sure that every row is in the output exactly once, with its own vector, or in the rejects."""
-        table = pads.dataset(self.output / "data").to_table()
+        output = self.local_output()
+        table = pads.dataset(output / "data").to_table()
         ids = table["id"].to_pylist()
         assert sorted(ids) == sorted(self.expected)
         for name, vector in zip(ids, table["embedding"].to_pylist(), strict=True):
             np.testing.assert_array_equal(np.float32(vector), self.expected[name])
-        lines = [line for path in self.output.glob("_engine/rejects/*") for line in path.read_text().splitlines()]
+        lines = [line for path in output.glob("_engine/rejects/*") for line in path.read_text().splitlines()]
         rejected = [json.loads(line)["id"] for line in lines]
         assert sorted(rejected) == sorted({"1-7", "1-390", *(f"1-{row}" for row in range(40, 52))})
         verdict = engine.verify(self.output, "full")
         assert verdict.ok, verdict.findings
         assert (verdict.num_rows, verdict.num_rejects, verdict.num_shards) == (1186, 14, 60)
+
+
+class BucketJob(Job):
+    """The same job, from a bucket into a bucket."""
+
+    def __init__(self, folder: Path, address: str | None, bucket: str) -> None:
+        super().__init__(folder, address)
+        self.source, self.output = f"{bucket}/{folder.name}/in", f"{bucket}/{folder.name}/out"
+        for path in (folder / "in").iterdir():
+            open_storage(self.source).create(path.name, path.read_bytes())
+
+    def num_committed(self) -> int:
+        """Count the commit records where the server keeps them: who waits for them asks again and again."""
+        prefix = place_of(f"{self.output}/{COMMITS}").key
+        return sum(key.startswith(prefix) for key in keys())
+
+    def local_output(self) -> Path:
+        copy = self._folder / "copy"
+        prefix = place_of(str(self.output)).key + "/"
+        for key, found in keys().items():
+            if key.startswith(prefix):
+                path = copy / key.removeprefix(prefix)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(found.value)
+        return copy
 
 
 def wait_until(is_true: Callable[[], bool], timeout_s: float = 120) -> None:

@@ -43,6 +43,7 @@ SPEED_AND_PLACE = {
     "max_rejects",
     "if_in_use",
     "stall_s",
+    "unsafe_single_writer",
     "max_cost",
     "base_url",
     "api_version",

@@ -22,10 +22,12 @@ from engine.errors import ConfigError, OutputInUse
 from engine.history import RUNS
 from engine.lease import LEASE, held
 from engine.ledger import part_name, record_name, rejects_name
+from engine.object_storage import PROBES, ObjectStorage
 from engine.schema import Shard, canonical_json, content_hash
-from engine.storage import LocalStorage
+from engine.storage import LocalStorage, open_storage
 from engine.survey import survey
 from tests.builders import USAGE, Started, files, make_rejects, make_table
+from tests.object_stores import BUCKET, serving
 
 DAY_S = 24 * 3600.0
 LEFTOVERS = {
@@ -46,7 +48,7 @@ STRANGE = ("data/notes.txt", "data/part-mine.parquet", "_engine/mine/a.json", "r
 class Output:
     """An output of three files in two folders, of 40 rows in two shards each, as a run leaves it, but made without Ray."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, out: str = "") -> None:
         self.source, self.out = folder / "in", folder / "out"
         for name in ("a", "b", "deep/c"):
             path = self.source / f"{name}.parquet"
@@ -54,7 +56,7 @@ class Output:
             pq.write_table(pa.table({"id": range(40), "text": [f"{name} {row}" for row in range(40)]}), path)
         self.config = load_config(
             source=str(self.source),
-            output=str(self.out),
+            output=out or str(self.out),
             model="custom:tests.models.HashModel",
             id_column="id",
             shard_rows=20,
@@ -121,6 +123,25 @@ def named(result) -> set[str]:
 
 
 # What is garbage
+
+
+def test_in_a_bucket_garbage_is_found_and_deleted_as_on_a_disk(tmp_path, monkeypatch):
+    """A deleted input's files, a probe and a part that no record names: by the store's clock, and nothing else."""
+    with serving():
+        out = f"s3://{BUCKET}/{tmp_path.name}/out"
+        made = Output(tmp_path, out)
+        storage = open_storage(out)
+        probe, unnamed = f"{PROBES}/0b", part_name("f" * 32)
+        storage.create(probe, b"1")
+        storage.create(unnamed, b"1")
+        (made.source / "a.parquet").unlink()
+        assert not engine.gc(out).garbage
+        now = ObjectStorage._now
+        monkeypatch.setattr(ObjectStorage, "_now", lambda storage: now(storage) + 2 * DAY_S)
+        expected = {"gone": made.names_of("a.parquet"), "staging": {probe}, "unnamed": {unnamed}}
+        assert found(engine.gc(out, apply=True)) == expected
+        assert not {name for name, _, _ in storage.ages()} & set().union(*expected.values())
+        assert engine.verify(out, "full").ok
 
 
 def test_all_kinds_are_shown_and_then_exactly_these_are_deleted(output, two_days_later):

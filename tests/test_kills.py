@@ -8,20 +8,29 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
 
+import engine
 from engine.lease import LEASE
-from tests.kills import ACTOR, PUBLISHER, ROOT, Job, kill_worker
+from tests.kills import ACTOR, PUBLISHER, ROOT, BucketJob, Job, kill_worker
+from tests.object_stores import BUCKET, KEYS, Store, serving
 
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def address():
+def s3() -> Iterator[Store]:
+    with serving() as store:
+        yield store
+
+
+@pytest.fixture(scope="module")
+def address(s3):
     """A cluster that outlives the drivers that are killed on it."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["PYTHONPATH"] = str(ROOT)
@@ -44,6 +53,30 @@ def test_drivers_killed_at_any_time_lose_and_repeat_nothing(address, tmp_path, s
         job.kill_at(chance, job.start())
     job.finish()
     job.check()
+
+
+def test_a_job_from_a_bucket_into_a_bucket_survives_a_kill_and_a_bad_store(s3, address, tmp_path):
+    """SIGKILL of the driver in the middle, and a resume while answers are lost and refused: the output is that of disks, without a key."""
+    job = BucketJob(tmp_path, address, f"s3://{BUCKET}")
+    process = job.start()
+    job.wait_for_commits(5, process)
+    process.kill()
+    _, said = process.communicate()
+    assert 5 <= job.num_committed() < 60
+    for number, fault in enumerate(
+        ("lost", "unsent", "cut", (503, "SlowDown"), (409, "ConditionalRequestConflict")) * 5
+    ):
+        s3.fail(fault, "GET" if fault == "cut" else "PUT", part="/data/", after=3 * number)
+    job.finish()
+    s3.heal()
+    job.check()
+    assert engine.verify(job.output, "sample").lowest_cosine > 0.9999
+    assert not any("uploads" in request for request in s3.seen)
+    logs = Path(ray._private.worker._global_node.get_session_dir_path(), "logs")
+    written = [path for folder in (logs, job.local_output()) for path in folder.rglob("*") if path.is_file()]
+    assert len(written) > 100
+    for data in (said, *(path.read_bytes() for path in written)):
+        assert not any(key.encode() in data for key in KEYS.values())
 
 
 @pytest.mark.parametrize(("title", "kills"), [(ACTOR, 4), (PUBLISHER, 6)])
@@ -89,7 +122,7 @@ def test_two_drivers_at_once_end_with_every_row_once(job):
     """With the lease taken away from the first, both think that they own the output, do all they can, and end well."""
     first = job.start()
     job.wait_for_commits(1, first)
-    shutil.rmtree(job.output / LEASE)
+    shutil.rmtree(Path(job.output, LEASE))
     second = job.start()
     for process in (first, second):
         _, stderr = process.communicate(timeout=240)

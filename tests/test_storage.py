@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -16,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from engine.errors import ConfigError, EngineError
-from engine.storage import STAGING, STAGING_MAX_AGE_S, LocalStorage, open_storage
+from engine.object_storage import ObjectStorage
+from engine.storage import STAGING, STAGING_MAX_AGE_S, LocalStorage, Storage, open_storage
 from tests.builders import (
     PROCESSES,
     SMALL_FILES,
@@ -28,6 +30,7 @@ from tests.builders import (
     raise_os_error,
     staged,
 )
+from tests.object_stores import BUCKET, serving
 
 NUM_NAMES = 40
 SIZE = 100_000
@@ -39,6 +42,20 @@ def store(tmp_path) -> LocalStorage:
 
 
 @pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with serving():
+        yield f"s3://{BUCKET}"
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def any_store(request, tmp_path) -> Storage:
+    """What holds of every store is tested on both."""
+    if request.param == "disk":
+        return LocalStorage(str(tmp_path / "out"))
+    return ObjectStorage(f"{request.getfixturevalue('bucket')}/{tmp_path.name}")
+
+
+@pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> dict[str, bytes]:
     """All files of one published shard."""
     out = tmp_path_factory.mktemp("undisturbed")
@@ -47,7 +64,7 @@ def undisturbed(tmp_path_factory) -> dict[str, bytes]:
 
 
 def create_all(root: str, writer: int, barrier) -> list[bool]:
-    store = LocalStorage(root)
+    store = open_storage(root)
     won = []
     for number in range(NUM_NAMES):
         barrier.wait()
@@ -55,23 +72,23 @@ def create_all(root: str, writer: int, barrier) -> list[bool]:
     return won
 
 
-def check_winners(root: Path, won: list[list[bool]]) -> None:
+def check_winners(store: Storage, won: list[list[bool]]) -> None:
     for number in range(NUM_NAMES):
         winners = [writer for writer, wins in enumerate(won) if wins[number]]
         assert len(winners) == 1
-        assert (root / "data" / str(number)).read_bytes() == bytes(winners) * SIZE
-    assert staged(root) == []
+        assert store.read(f"data/{number}") == bytes(winners) * SIZE
+    assert list(store.names(STAGING)) == []
 
 
 # Create if absent
 
 
-def test_of_threads_that_create_one_name_one_wins(store):
+def test_of_threads_that_create_one_name_one_wins(any_store):
     """Eight threads, forty names: each name has one winner and its bytes."""
     barrier = threading.Barrier(8)
     with ThreadPoolExecutor(8) as pool:
-        won = list(pool.map(lambda writer: create_all(store.root, writer, barrier), range(8)))
-    check_winners(Path(store.root), won)
+        won = list(pool.map(lambda writer: create_all(any_store.root, writer, barrier), range(8)))
+    check_winners(any_store, won)
 
 
 def test_of_processes_that_create_one_name_one_wins(store):
@@ -80,7 +97,7 @@ def test_of_processes_that_create_one_name_one_wins(store):
         barrier = manager.Barrier(4)
         started = [Started(create_all, store.root, writer, barrier) for writer in range(4)]
         won = [process.result() for process in started]
-    check_winners(Path(store.root), won)
+    check_winners(store, won)
 
 
 def test_a_name_is_whole_from_the_moment_it_exists(store):
@@ -101,11 +118,11 @@ def test_a_name_is_whole_from_the_moment_it_exists(store):
     assert lengths <= {SIZE}
 
 
-def test_a_second_create_changes_nothing(store):
+def test_a_second_create_changes_nothing(any_store):
     """The first bytes stay, and the answer says so."""
-    assert store.create("data/a", b"first")
-    assert not store.create("data/a", b"second")
-    assert store.read("data/a") == b"first"
+    assert any_store.create("data/a", b"first")
+    assert not any_store.create("data/a", b"second")
+    assert any_store.read("data/a") == b"first"
 
 
 def test_no_staged_file_looks_like_a_part(store, monkeypatch):
@@ -127,27 +144,54 @@ def test_no_staged_file_looks_like_a_part(store, monkeypatch):
 # Read, list, move, clean
 
 
-def test_what_is_not_there_is_not_found_and_not_listed(store):
-    """A read raises FileNotFoundError; a listing is empty."""
+def test_what_is_not_there_is_not_found_and_not_listed(any_store):
+    """Reading and opening raise FileNotFoundError; a listing is empty; deleting and moving do nothing."""
+    for read in (any_store.read, any_store.open):
+        with pytest.raises(FileNotFoundError):
+            read("data/a")
+    any_store.delete("data/a")
+    assert not any_store.rename("data/a", "aside/a")
+    assert list(any_store.names("data")) == list(any_store.sizes("data")) == []
+
+
+def test_names_and_sizes_list_files_only(any_store):
+    """A folder's files with their sizes, and neither its folders nor those whose names begin as its does."""
+    any_store.create("data/a", b"123")
+    any_store.create("data/empty", b"")
+    any_store.create("data/below/b", b"1")
+    any_store.create("database/c", b"1")
+    assert sorted(any_store.names("data")) == ["a", "empty"]
+    assert sorted(any_store.sizes("data")) == [("a", 3), ("empty", 0)]
+
+
+def test_what_is_opened_is_read_in_pieces(any_store):
+    """From anywhere, as Arrow reads a footer."""
+    any_store.create("data/a", bytes(range(256)) * 1000)
+    with any_store.open("data/a") as file:
+        assert file.seek(-3, os.SEEK_END) == 255_997
+        assert file.read() == bytes([253, 254, 255])
+        file.seek(300)
+        assert file.read(3) == bytes([44, 45, 46])
+        assert file.tell() == 303
+
+
+def test_what_is_replaced_and_deleted_is_gone(any_store):
+    """The last bytes count."""
+    for data in (b"1", b"22"):
+        any_store.replace("beat", data)
+        assert any_store.read("beat") == data
+    any_store.delete("beat")
     with pytest.raises(FileNotFoundError):
-        store.read("data/a")
-    assert list(store.names("data")) == list(store.sizes("data")) == []
+        any_store.read("beat")
 
 
-def test_names_and_sizes_list_files_only(store):
-    """A folder's files with their sizes, and not its folders."""
-    store.create("data/a", b"123")
-    store.create("data/below/b", b"1")
-    assert list(store.names("data")) == ["a"]
-    assert list(store.sizes("data")) == [("a", 3)]
-
-
-def test_rename_moves_and_a_lost_name_is_no_error(store):
+def test_rename_moves_and_a_lost_name_is_no_error(any_store):
     """The bytes lie under the new name; doing it again does nothing."""
-    store.create("data/a", b"a")
-    store.rename("data/a", "aside/a.bad")
-    store.rename("data/a", "aside/a.bad")
-    assert files(store.root) == {"aside/a.bad": b"a"}
+    any_store.create("data/a", b"a")
+    assert any_store.rename("data/a", "aside/a.bad")
+    assert not any_store.rename("data/a", "aside/a.bad")
+    assert list(any_store.names("data")) == []
+    assert any_store.read("aside/a.bad") == b"a"
 
 
 def test_collect_staging_deletes_only_what_is_older_than_a_day(store):
@@ -165,10 +209,10 @@ def test_collect_staging_deletes_only_what_is_older_than_a_day(store):
     assert store.read("data/a") == b"a"
 
 
-def test_a_store_is_a_local_folder(tmp_path):
+def test_a_store_is_a_folder_or_a_place_in_a_bucket(tmp_path):
     """Other schemes and files are refused; file:// is a path."""
     (tmp_path / "file").touch()
-    for location in ("s3://bucket/out", str(tmp_path / "file")):
+    for location in ("ftp://host/out", "hf://datasets/a/b", str(tmp_path / "file")):
         with pytest.raises(ConfigError, match="output"):
             open_storage(location)
     assert open_storage(f"file://{tmp_path}").root == str(tmp_path)

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.buckets.place import is_bucket
 from engine.errors import ConfigError
 from engine.reporting import figures, page, summary
 from engine.reporting.facts import facts_of, reasons_of
@@ -21,6 +22,7 @@ from engine.wording import size
 
 if TYPE_CHECKING:
     from engine.config import JobConfig
+    from engine.ledger import Ledger
     from engine.reporting.projection import Projection
 
 REPORT = "_engine/report.html"
@@ -73,6 +75,10 @@ def report(
         CorruptOutput: A record of the output cannot be read.
     """
     page.require_libraries()
+    if to is not None and is_bucket(to):
+        raise ConfigError(
+            "--to names a file on this machine; without it, the page goes beside an output, in a bucket too"
+        )
     if not 1 <= sample_rows <= MAX_SAMPLE_ROWS:
         raise ConfigError(f"sample_rows {sample_rows} is not between 1 and {MAX_SAMPLE_ROWS:,}")
     ledger, job, standing, problem = resurvey(output)
@@ -116,17 +122,27 @@ def report(
         color_column=color_by,
         vectors=summary.vectors_of(sample, health) if health else None,
     )
-    path = Path(to) if to else Path(ledger.root, REPORT)
-    page.replace(path, html)
+    report, num_bytes = _put(ledger, to, html)
     return ReportResult(
         output=ledger.root,
-        report=str(path.absolute()),
+        report=report,
         num_rows=facts.tally.num_rows,
         sampled_rows=len(sample),
         projection=found.how if found else "",
-        num_bytes=path.stat().st_size,
+        num_bytes=num_bytes,
         warnings=[sign.text for sign in told],
     )
+
+
+def _put(ledger: Ledger, to: str | None, html: str) -> tuple[str, int]:
+    """Put the page in its place; return where that is, and its size in bytes."""
+    if to is None and is_bucket(ledger.root):
+        data = html.encode("utf-8", "replace")
+        ledger.storage.replace(REPORT, data)
+        return f"{ledger.root}/{REPORT}", len(data)
+    path = Path(to) if to else Path(ledger.root, REPORT)
+    page.replace(path, html)
+    return str(path.absolute()), path.stat().st_size
 
 
 def _check_column(config: JobConfig, color_by: str | None) -> None:

@@ -12,6 +12,7 @@ from engine.errors import SourceError
 from engine.schema import InputFile
 from engine.sources.formats import SUFFIXES
 from engine.sources.opening import local_version
+from engine.sources.remote import exists, is_remote, joined, list_remote, normalized
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +31,14 @@ def list_inputs(sources: Sequence[str], *, outside: str | None = None) -> Invent
     is named twice counts once. The base is the nearest folder above everything, so that it does not depend on the order.
 
     Args:
-        sources: Paths or patterns; `~` is the home folder, `**` any depth.
+        sources: Paths or patterns, all on this machine or all in one bucket; `~` is the home folder, `**` any depth.
         outside: The output's folder: neither may lie where the other is looked for, since a run would embed what it writes.
 
     Raises:
         SourceError: If a source names nothing, or source and output are not apart.
     """
+    if any(is_remote(source) for source in sources):
+        return Inventory(*list_remote(sources, SUFFIXES, outside))
     found: dict[str, os.stat_result] = {}
     roots: list[str] = []
     real: set[str] = set()
@@ -47,7 +50,7 @@ def list_inputs(sources: Sequence[str], *, outside: str | None = None) -> Invent
             if path in found or target not in real:  # a link to a file that is there already would double its rows
                 found[path] = _stat(path)
                 real.add(target)
-    if outside:
+    if outside and not is_remote(outside):
         walked = [
             root
             for source, root in zip(sources, roots, strict=True)
@@ -63,14 +66,34 @@ def list_inputs(sources: Sequence[str], *, outside: str | None = None) -> Invent
 
 
 def absolute(source: str) -> str:
-    """Return a source as it is named from anywhere on this machine."""
+    """Return a source as it is named from anywhere."""
+    if is_remote(source):
+        return normalized(source) + "/" * source.endswith("/")
     return os.path.normpath(Path(source.removeprefix("file://")).expanduser().absolute())
+
+
+def location_of(base: str, path: str) -> str:
+    """Return where the input of that path lies."""
+    return joined(base, path) if is_remote(base) else str(Path(base, path))
+
+
+def is_there(base: str, path: str) -> bool:
+    """Say whether there is an input of that path, or something there that cannot be looked at."""
+    if is_remote(base):
+        return exists(joined(base, path))
+    try:
+        return Path(base, path).exists()
+    except OSError:
+        return True
 
 
 def _expand(source: str) -> tuple[str, list[str]]:
     """Return the root that a source's paths are relative to, and the absolute paths of its files."""
     if "://" in source and not source.startswith("file://"):
-        raise SourceError(f"source {source!r}: only local files, folders and globs can be read")
+        raise SourceError(
+            f"source {source.partition('://')[0]}://: only files, folders and globs on disks, in s3://, gs:// and az:// and on "
+            "hf:// can be read"
+        )
     path = absolute(source)
     if Path(path).is_dir():
         paths = sorted(_below(path))

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from engine.errors import SourceChanged, SourceError
+from engine.errors import SourceError
 from engine.schema import InputFile
+from engine.sources import remote
 
 _ADVICE = "it is empty, truncated or damaged. Restore it or take it out of the source, then run again"
 
 
 def open_input(file: InputFile) -> pa.NativeFile:
     """Open an input for reading, with seek: as Arrow's readers take it, and io.BufferedReader too."""
+    if remote.is_remote(file.location):
+        return pa.PythonFile(remote.open_remote(file), mode="r")
     return pa.OSFile(file.location)
 
 
@@ -32,16 +35,15 @@ def check_unchanged(file: InputFile) -> None:
         SourceError: If it is gone.
         SourceChanged: If its size or its version is another.
     """
+    if remote.is_remote(file.location):
+        remote.check_remote(file)
+        return
     try:
         status = Path(file.location).stat()
     except OSError as error:
         raise SourceError(f"the input {file.location} cannot be read: {error.strerror}") from None
     if (status.st_size, local_version(status.st_mtime_ns)) != (file.size, file.version):
-        raise SourceChanged(
-            f"the input {file.location} changed while it was being read; what was committed is kept. "
-            "Let its writer finish, then run again: if rows of its former content were committed already, "
-            "the run will say so and ask for a new output folder"
-        )
+        raise remote.changed(file)
 
 
 @contextmanager
