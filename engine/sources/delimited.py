@@ -41,30 +41,31 @@ class Parser:
     def __call__(self, chunk: Chunk) -> tuple[pa.RecordBatch, dict[int, str]]:
         """Return the columns of the selection, and why each malformed record is null in them, by position."""
         faults = dict(chunk.faults)
-        rows = self._all_at_once(chunk) if not faults else None
+        rows: list[Sequence[str | None]] | None = self._all_at_once(chunk) if not faults else None
         if rows is None:
             rows = [self._row(record, at, faults) for at, record in enumerate(chunk.records())]
-        columns = [
-            pa.array([row[place] if len(row) == self._width else None for row in rows], pa.string())
-            for _, place in self._places
-        ]
-        for at, row in enumerate(rows):
-            if len(row) != self._width:
-                faults.setdefault(at, f"{len(row)} fields where the header has {self._width}")
+        if {*map(len, rows)} != {self._width}:
+            for at, row in enumerate(rows):
+                if len(row) != self._width:
+                    faults.setdefault(at, f"{len(row)} fields where the header has {self._width}")
+                    rows[at] = [None] * self._width
+        columns = [pa.array([row[place] for row in rows], pa.string()) for _, place in self._places]
         return pa.record_batch(columns, names=[name for name, _ in self._places]), faults
 
-    def _all_at_once(self, chunk: Chunk) -> list[list[str]] | None:
+    def _all_at_once(self, chunk: Chunk) -> list[Sequence[str | None]] | None:
         """Read all records in one go; None if they have to be read one by one."""
         try:
             text = chunk.data[int(chunk.starts[0]) : int(chunk.ends[-1])].decode()
-            if text.count("\r") != text.count("\r\n"):  # `csv` would end records there
+            if "\r" in text and text.count("\r") != text.count("\r\n"):  # `csv` would end records there
                 return None
-            rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter) if row]
+            rows: list[Sequence[str | None]] = [
+                row for row in csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter) if row
+            ]
         except (UnicodeDecodeError, csv.Error):
             return None
         return rows if len(rows) == len(chunk) else None
 
-    def _row(self, record: bytes, at: int, faults: dict[int, str]) -> list[str]:
+    def _row(self, record: bytes, at: int, faults: dict[int, str]) -> Sequence[str | None]:
         if at in faults:
             return []
         try:
