@@ -56,7 +56,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Embed texts in bulk: Parquet in, vectors out, and no work lost.",
+    help="Embed texts in bulk: files in, vectors out, and no work lost.",
 )
 
 

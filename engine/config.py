@@ -24,13 +24,17 @@ class JobConfig(ModelConfig):
     """One job: a source, a model, an output, and how to run it."""
 
     source: tuple[str, ...] = Field(
-        description="files, folders or globs of Parquet, on disks, in s3://, gs://, az:// or on hf://; repeat for more than one",
+        description="files, folders or globs of Parquet, JSON lines, CSV, TSV, plain text or Arrow, on disks, in s3://, gs://, az:// or on hf://; "
+        "repeat for more than one",
         min_length=1,
     )
     output: str = Field(
         description="the folder, or place in s3://, gs:// or az://, that the parts are written to", min_length=1
     )
     text_column: str = Field("text", description="the column to embed", json_schema_extra=VECTORS)
+    text_rows: Literal["line", "file"] = Field(
+        "line", description="of plain text: whether a row is a line or a whole file", json_schema_extra=VECTORS
+    )
     id_column: str | None = Field(
         None, description="the column that names a row; by default an `id` of file and row is made"
     )

@@ -36,18 +36,17 @@ from engine.output_files import (
     CURRENT,
     ENGINE,
     HELD,
-    INDEX,
     INPUTS,
     REUSE,
     SUPERSEDED,
     WHOLE,
     File,
-    index_key,
     names_of,
     turn_of,
 )
 from engine.results import Garbage, GcResult
 from engine.schema import canonical_json
+from engine.sources import indexes
 from engine.sources.inventory import is_there
 from engine.storage import STAGING
 from engine.survey import resurvey
@@ -261,10 +260,10 @@ class _Look:
 
     def _unlisted_indexes(self) -> Iterator[File]:
         """Yield the bundles of indexes none of which is of a file of the source."""
-        if not self._below[INDEX] or self._standing is None:
+        if not self._below[indexes.FOLDER] or self._standing is None:
             return
-        listed = {index_key(file) for file in self._standing.files}
-        for file in self._below[INDEX]:
+        listed = {indexes.key(file) for file in self._standing.files}
+        for file in self._below[indexes.FOLDER]:
             try:
                 keys = set(json.loads(gzip.decompress(self.ledger.storage.read(file.name))))
             except (OSError, EOFError, ValueError, TypeError, zlib.error):

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from engine.lease import LEASE
 from engine.ledger import COMMITS, SET_ASIDE, part_name, record_name, rejects_name
 from engine.object_storage import PROBES
-from engine.schema import InputFile, canonical_json, content_hash
+from engine.sources.indexes import FOLDER as INDEX
 from engine.storage import STAGING
 
 ENGINE = "_engine"
 HELD = "_engine/held"
 SUPERSEDED = "_engine/superseded"
 REUSE = "_engine/reuse"
-INDEX = "_engine/index"
-INDEX_FORMAT = 1
 INPUTS = "_engine/inputs"
 CURRENT = f"{INPUTS}/current.json"
 WHOLE = (SET_ASIDE, STAGING, PROBES, SUPERSEDED, HELD, REUSE, INDEX, INPUTS)
@@ -65,8 +63,3 @@ def names_of(shard_id: str) -> tuple[str, str, str]:
 def turn_of(name: str) -> int:
     """Return when a file is deleted: records, then what lies beside parts, then parts."""
     return 0 if name.startswith(f"{COMMITS}/") else 2 if name.endswith(".parquet") else 1
-
-
-def index_key(file: InputFile) -> str:
-    """Return what an index calls a file of the source."""
-    return content_hash(canonical_json([INDEX_FORMAT, file.path, file.size, file.version]))

@@ -83,8 +83,8 @@ def make_plan(shapes: Sequence[FileShape], *, shard_rows: int, fingerprint: str,
     pending: list[Shard] = []
     num_shards = num_known = 0
     for shape in shapes:
-        for start, stop in cut(shape.row_groups, shard_rows):
-            shard = Shard.of(fingerprint, shape.file, start, stop)
+        for start, stop, place in shape.placed(cut(shape.row_groups, shard_rows)):
+            shard = Shard.of(fingerprint, shape.file, start, stop, place)
             num_shards += 1
             if shard.id in committed:
                 num_known += 1

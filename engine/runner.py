@@ -17,6 +17,7 @@ from engine.models.api.prices import MILLION, price_of
 from engine.planning import parcels
 from engine.provider_use import ProviderUse
 from engine.results import Finding, PlanResult, RunResult, StatusResult
+from engine.sources import indexes
 from engine.survey import resurvey, survey
 from engine.tally import ASKED, Tally
 
@@ -85,6 +86,7 @@ def run(config: JobConfig, on_event: OnEvent | None = None) -> RunResult:
     if asked.ledger.claim(asked.job) != asked.job:
         asked = survey(config)  # another driver was first, and its cuts hold
     storage = asked.ledger.storage
+    indexes.save(storage, asked.found)
     storage.collect_staging()
     if not asked.standing.plan.pending:
         tally.done_before_rows = asked.standing.plan.done_rows

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import xxhash
@@ -66,6 +66,19 @@ class InputFile:
     """What changes when its content does: the time of change in nanoseconds on a disk, an ETag in an object store."""
 
 
+class Place(NamedTuple):
+    """Where reading of a file without row groups of its own may begin."""
+
+    row: int
+    offset: int
+    """Bytes from the start of the file."""
+    line: int
+    """Newlines before it."""
+
+
+START = Place(0, 0, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """A contiguous range of rows of one input file: the unit of work, of commit, and of loss."""
@@ -74,15 +87,17 @@ class Shard:
     file: InputFile
     start: int
     stop: int
+    place: Place = field(default=START, compare=False)
+    """At or before `start`: what a reader of lines need not look for. It travels no further than to the reader."""
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     @classmethod
-    def of(cls, fingerprint: str, file: InputFile, start: int, stop: int) -> Shard:
+    def of(cls, fingerprint: str, file: InputFile, start: int, stop: int, place: Place = START) -> Shard:
         """Name the rows `start` to `stop` of `file`, embedded under `fingerprint`: another input or model, another id."""
         key = canonical_json([fingerprint, file.path, file.size, file.version, start, stop])
-        return cls(content_hash(key), file, start, stop)
+        return cls(content_hash(key), file, start, stop, place)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from engine.ledger import Ledger
 from engine.models import registry
 from engine.planning import Plan, choose_shard_rows, make_plan
 from engine.schema import FORMAT_VERSION, InputFile, Job, fingerprint_of, utc_now
-from engine.sources.formats import read_shapes
+from engine.sources import indexes
+from engine.sources.formats import joined, new_shapes, scan
 from engine.sources.inventory import Inventory, absolute, is_there, list_inputs
 from engine.sources.rows import Selection
 from engine.sources.shape import FileShape
@@ -47,6 +48,8 @@ class Survey:
     ledger: Ledger
     job: Job
     """As it is stored, or as a first run would store it."""
+    found: tuple[FileShape, ...] = ()
+    """Of files that had to be scanned: for the run to keep, once the output is its own."""
 
 
 def survey(config: JobConfig) -> Survey:
@@ -63,15 +66,15 @@ def survey(config: JobConfig) -> Survey:
     found = registry.pinned(config)
     pinned = config.model_copy(update={name: getattr(found, name) for name in ("model", "revision", "base_url")})
     identity = registry.identity(pinned)
-    shapes = read_shapes(inventory.files, Selection.of(config))
-    asked = _job(pinned, identity, inventory, shapes)
     stored = ledger.job()
+    shapes, scanned = _shapes(ledger, inventory, Selection.of(config, stored.kept_types if stored else None))
+    asked = _job(pinned, identity, inventory, shapes)
     if stored is not None:
         ledger.check(stored, asked.fingerprint, asked.decided_by)
         _check_stored(config, stored, asked)
     job = stored or asked
     standing = _compare(ledger, job, inventory, shapes)
-    return Survey(standing, pinned, identity, ledger, job)
+    return Survey(standing, pinned, identity, ledger, job, scanned)
 
 
 def opened(output: str) -> tuple[Ledger, Job]:
@@ -106,7 +109,7 @@ def resurvey(output: str) -> tuple[Ledger, Job, Standing | None, EngineError | N
     config = stored_config(job, output)
     try:
         inventory = list_inputs(config.source)
-        shapes = read_shapes(inventory.files, Selection.of(config))
+        shapes, _ = _shapes(ledger, inventory, Selection.of(config, job.kept_types))
         return ledger, job, _compare(ledger, job, inventory, shapes), None
     except (SourceError, Refused, CorruptOutput) as error:
         return ledger, job, None, error
@@ -118,6 +121,15 @@ def stored_config(job: Job, output: str) -> JobConfig:
         return validated(JobConfig, job.config | {"output": output})
     except ConfigError as error:
         raise CorruptOutput(f"the config in {output}/_engine/job.json is not this engine's: {error.message}") from None
+
+
+def _shapes(
+    ledger: Ledger, inventory: Inventory, selection: Selection
+) -> tuple[list[FileShape], tuple[FileShape, ...]]:
+    """Return the shapes of all files, and of those that the output does not know yet, as their scan found them."""
+    known = indexes.load(ledger.storage)
+    shapes = scan(inventory.files, selection, known)
+    return joined(shapes, selection), new_shapes(shapes, known)
 
 
 def _compare(ledger: Ledger, job: Job, inventory: Inventory, shapes: list[FileShape]) -> Standing:

@@ -28,7 +28,8 @@ from engine.models import registry
 from engine.models.base import lowest_cosine
 from engine.part import Part, vectors_of
 from engine.results import Finding, VerifyResult
-from engine.schema import EMBEDDING, PART_METADATA, SOURCE_ROW, TEXT, CommitRecord, InputFile, Shard
+from engine.schema import EMBEDDING, PART_METADATA, SOURCE_ROW, START, TEXT, CommitRecord, InputFile, Shard
+from engine.sources import indexes
 from engine.sources.formats import read_shards
 from engine.sources.inventory import location_of
 from engine.sources.rows import Selection
@@ -176,6 +177,7 @@ class _Check:
             return None
         config = stored_config(self._job, self._ledger.root)
         selection = replace(Selection.of(config), kept=())
+        known = indexes.load(self._ledger.storage)
         each = -(-num_rows // len(chosen))
         lowest = 1.0
         with asyncio.Runner() as loop:
@@ -184,7 +186,7 @@ class _Check:
             for shard_id in chosen:
                 stored = self._ledger.part(shard_id)
                 picked = sorted(chance.sample(range(stored.table.num_rows), min(each, stored.table.num_rows)))
-                texts = _texts_of(stored, picked, self._job.base, selection)
+                texts = _texts_of(stored, picked, self._job.base, selection, known)
                 cosine = lowest_cosine(vectors_of(stored.table)[picked], loop.run(model.embed_rows(texts)).vectors)
                 lowest = min(lowest, cosine)
                 if cosine < LOWEST_COSINE[config.dtype]:
@@ -255,11 +257,13 @@ class _Check:
         return self._standing is not None and shard_id not in self._standing.plan.unknown | self._standing.lost
 
 
-def _texts_of(stored: Part, picked: list[int], base: str, selection: Selection) -> list[str]:
+def _texts_of(stored: Part, picked: list[int], base: str, selection: Selection, known: indexes.Known) -> list[str]:
     """Read the texts of some of a part's rows from its input."""
     record = stored.record
     file = InputFile(record.path, location_of(base, record.path), record.size, record.version)
-    shard = Shard(record.shard_id, file, record.start, record.stop)
+    shape = indexes.find(known, file, ())
+    place = next(shape.placed([(record.start, record.stop)]))[2] if shape else START
+    shard = Shard(record.shard_id, file, record.start, record.stop, place)
     wanted = np.asarray(stored.table.column(SOURCE_ROW))[picked] - record.start
     column = next(read_shards([shard], selection)).table.column(TEXT)
     return split(values_of(column.take(pa.array(wanted, pa.int64()))))[0]

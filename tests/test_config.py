@@ -28,6 +28,7 @@ DECIDES = {
     "prompt",
     "trust_remote_code",
     "text_column",
+    "text_rows",
 }
 """What may decide the vectors besides the model itself, which is in the fingerprint by its content or commit."""
 SPEED_AND_PLACE = {
@@ -219,14 +220,30 @@ def test_the_fingerprint_has_what_decides_vectors_and_nothing_else():
     """Whoever adds an option has to say here which it is; the model and its revision are in by identity."""
     assert load().settings(EVERY).keys() == DECIDES
     assert JobConfig.model_fields.keys() - DECIDES - {"model", "revision"} == SPEED_AND_PLACE
-    assert validated(ModelConfig, {}).settings(EVERY).keys() == DECIDES - {"text_column"}
+    assert validated(ModelConfig, {}).settings(EVERY).keys() == DECIDES - {"text_column", "text_rows"}
 
 
 def test_the_fingerprint_has_only_what_the_model_goes_by():
     """A setting of other models can neither change these vectors nor make an output of them another's."""
-    local = {"dtype", "max_length", "dimensions", "normalize", "prompt", "trust_remote_code", "text_column"}
+    local = {
+        "dtype",
+        "max_length",
+        "dimensions",
+        "normalize",
+        "prompt",
+        "trust_remote_code",
+        "text_column",
+        "text_rows",
+    }
     assert load().settings(LOCAL).keys() == local
-    assert load().settings(OPENAI).keys() == {"model_args", "long_texts", "dimensions", "prompt", "text_column"}
+    assert load().settings(OPENAI).keys() == {
+        "model_args",
+        "long_texts",
+        "dimensions",
+        "prompt",
+        "text_column",
+        "text_rows",
+    }
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def folder(tmp_path) -> Path:
         "in/_metadata.parquet",
         "in/_temporary/d.parquet",
         "in/.git/e.parquet",
-        "in/deep/notes.txt",
+        "in/deep/notes.md",
         "in/deep/.crc",
         "other/f.parquet",
     ]
@@ -118,7 +118,7 @@ def test_a_relative_path_is_the_absolute_one(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("empty", "holds no Parquet files"),
+        ("empty", "holds no files of a known format"),
         ("nothing", "there is no file or folder"),
         ("in/*.csv", "no files match"),
         ("in/**/nothing.parquet", "no files match"),

@@ -12,7 +12,7 @@ from ray.data.datasource import Datasource, ReadTask
 
 from engine.pipeline.parcel import Item, pack
 from engine.schema import Shard
-from engine.sources.formats import read_shards
+from engine.sources.formats import is_splittable, read_shards
 from engine.sources.rows import Selection
 
 MAX_READ_TASKS = 1000
@@ -61,16 +61,22 @@ class ShardDatasource(Datasource):  # type: ignore[misc] # Ray's classes are unt
 
 
 def passes(parcels: Sequence[Parcel], most: int) -> Iterator[list[Parcel]]:
-    """Put neighbours together that one task reads in one pass: about `most` passes in all, and not too many a file."""
+    """
+    Put neighbours together that one task reads in one pass: about `most` passes in all, and not too many a file.
+
+    A file that cannot be read from its middle is read in one pass.
+    """
     parcels_of = Counter(parcel[0].file.path for parcel in parcels)
     at_least = -(-len(parcels) // most)
     taken: list[Parcel] = []
     for parcel in parcels:
-        taken.append(parcel)
-        of_file = -(-parcels_of[taken[0][0].file.path] // MAX_READ_TASKS_PER_FILE)
-        if len(taken) >= max(at_least, of_file):
+        path = parcel[0].file.path
+        of_file = -(-parcels_of[taken[0][0].file.path] // MAX_READ_TASKS_PER_FILE) if taken else 0
+        goes_on = bool(taken) and taken[-1][-1].file.path == path and not is_splittable(path)
+        if taken and not goes_on and len(taken) >= max(at_least, of_file):
             yield taken
             taken = []
+        taken.append(parcel)
     if taken:
         yield taken
 

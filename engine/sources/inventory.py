@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.errors import SourceError
 from engine.schema import InputFile
-from engine.sources.formats import SUFFIXES
+from engine.sources.formats import SUFFIXES, is_input
 from engine.sources.opening import local_version
 from engine.sources.remote import exists, is_remote, joined, list_remote, normalized
 
@@ -25,7 +25,7 @@ class Inventory:
 
 def list_inputs(sources: Sequence[str], *, outside: str | None = None) -> Inventory:
     """
-    List the files that `sources` name: files, folders (all Parquet below them) and globs.
+    List the files that `sources` name: files, folders (all below them that a reader knows by name) and globs.
 
     Names that begin with a dot or an underscore are left out of folders, as all readers of Parquet folders do. A file that
     is named twice counts once. The base is the nearest folder above everything, so that it does not depend on the order.
@@ -38,7 +38,7 @@ def list_inputs(sources: Sequence[str], *, outside: str | None = None) -> Invent
         SourceError: If a source names nothing, or source and output are not apart.
     """
     if any(is_remote(source) for source in sources):
-        return Inventory(*list_remote(sources, SUFFIXES, outside))
+        return Inventory(*list_remote(sources, is_input, outside))
     found: dict[str, os.stat_result] = {}
     roots: list[str] = []
     real: set[str] = set()
@@ -98,7 +98,7 @@ def _expand(source: str) -> tuple[str, list[str]]:
     if Path(path).is_dir():
         paths = sorted(_below(path))
         if not paths:
-            raise SourceError(f"the folder {source!r} holds no Parquet files ({', '.join(SUFFIXES)})")
+            raise SourceError(f"the folder {source!r} holds no files of a known format ({', '.join(SUFFIXES)})")
         return path, paths
     if Path(path).is_file():
         return str(Path(path).parent), [path]
@@ -122,7 +122,7 @@ def _below(folder: str) -> Iterator[str]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
         for name in names:
-            if name.endswith(SUFFIXES) and not name.startswith((".", "_")):
+            if is_input(name) and not name.startswith((".", "_")):
                 yield str(Path(where, name))
 
 

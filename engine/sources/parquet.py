@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine.errors import SourceError
 from engine.schema import InputFile, Shard
+from engine.sources.columns import check_column, check_text
 from engine.sources.opening import check_unchanged, open_input, readable
 from engine.sources.rows import Rows, Selection
 from engine.sources.shape import FileShape
@@ -29,13 +29,9 @@ def shape(file: InputFile, selection: Selection) -> FileShape:
     with readable(file, KIND), open_input(file) as opened, pq.ParquetFile(opened) as parquet:
         metadata, schema = parquet.metadata, parquet.schema_arrow
         for column in selection.columns:
-            _check_column(file, schema, column)
+            check_column(file, schema.names, column)
         text = schema.field(selection.text_column)
-        if not _is_text(text.type):
-            raise SourceError(
-                f"the column {text.name!r} of {file.location} is {text.type}, not text; "
-                "convert it, or name another with --text-column"
-            )
+        check_text(file, text)
         columns = [number for number in range(metadata.num_columns) if metadata.schema.column(number).path == text.name]
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         return FileShape(
@@ -110,20 +106,3 @@ def _pieces(parquet: pq.ParquetFile, shards: Sequence[Shard], columns: list[str]
             if shard is None or shard.start >= end:
                 break
         position = end
-
-
-def _check_column(file: InputFile, schema: pa.Schema, column: str) -> None:
-    if column not in schema.names:
-        raise SourceError(
-            f"{file.location} has no column {column!r}; it has: {', '.join(schema.names)}. Name the text with --text-column"
-        )
-    if schema.names.count(column) > 1:
-        raise SourceError(f"{file.location} has {schema.names.count(column)} columns named {column!r}; rename them")
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    raw = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_null)
-    return any(is_kind(kind) for is_kind in (*text, *raw))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,14 +48,14 @@ class _Listed:
 
 
 def list_remote(
-    sources: Sequence[str], suffixes: tuple[str, ...], outside: str | None
+    sources: Sequence[str], is_input: Callable[[str], bool], outside: str | None
 ) -> tuple[str, tuple[InputFile, ...]]:
     """
     List what `sources` name in one bucket, or in one repository of the Hub: objects, prefixes and globs.
 
     Args:
         sources: All of the same place.
-        suffixes: Of the names that are taken from a prefix.
+        is_input: Says of a name whether a file below a prefix is taken.
         outside: The output.
 
     Returns:
@@ -69,7 +69,7 @@ def list_remote(
         raise SourceError(
             f"the sources are in several places ({', '.join(sorted(stores))}): a job reads from one; give each its own output"
         )
-    listed = [_list(normalized(source), is_folder=source.endswith("/"), suffixes=suffixes) for source in sources]
+    listed = [_list(normalized(source), is_folder=source.endswith("/"), is_input=is_input) for source in sources]
     found = {location: file for one in listed for location, file in one.files.items()}
     if outside and is_bucket(outside):
         walked = [one.root for one in listed if one.is_walked]
@@ -126,7 +126,7 @@ def _store_of(source: str) -> str:
     return hub.repository_of(source) if hub.is_hub(source) else place_of(source).root
 
 
-def _list(source: str, *, is_folder: bool, suffixes: tuple[str, ...]) -> _Listed:
+def _list(source: str, *, is_folder: bool, is_input: Callable[[str], bool]) -> _Listed:
     if hub.is_hub(source):
         top, everything, one = hub.repository_of(source), hub.below, hub.look
     else:
@@ -139,10 +139,10 @@ def _list(source: str, *, is_folder: bool, suffixes: tuple[str, ...]) -> _Listed
         taken = {
             location: file
             for location, file in listed.items()
-            if location.endswith(suffixes) and not _is_hidden(location.removeprefix(fixed + "/"))
+            if is_input(location.rpartition("/")[2]) and not _is_hidden(location.removeprefix(fixed + "/"))
         }
         if not taken:
-            raise SourceError(f"there is no file {source!r}, nor one below it that ends in {', '.join(suffixes)}")
+            raise SourceError(f"there is no file {source!r}, nor one of a known format below it")
         return _Listed(source, taken, is_walked=True)
     pattern = _pattern(source.removeprefix(fixed + "/"))
     taken = {

@@ -22,10 +22,13 @@ class Selection:
     kept_types: Mapping[str, str] = field(default_factory=dict)
     """Their Arrow types, as the first run found them: what files that have no types of their own are read as."""
 
+    text_rows: str = "line"
+    """Of plain text: `line` or `file`."""
+
     @classmethod
     def of(cls, config: JobConfig, kept_types: Mapping[str, str] | None = None) -> Selection:
         """Return what a job reads; `kept_types` are the job's, once they are known."""
-        return cls(config.text_column, config.kept_columns, dict(kept_types or {}))
+        return cls(config.text_column, config.kept_columns, dict(kept_types or {}), config.text_rows)
 
     @property
     def columns(self) -> list[str]:

@@ -28,7 +28,7 @@ def reject_reason(value: Any) -> str | None:
         return EMPTY
     if value.isspace():
         return BLANK
-    return None if _encodable(value) else SURROGATE
+    return None if is_encodable(value) else SURROGATE
 
 
 def check_list(texts: Any) -> None:
@@ -97,7 +97,8 @@ def _decoded(value: bytes) -> str | Undecodable:
         return Undecodable()
 
 
-def _encodable(value: str) -> bool:
+def is_encodable(value: str) -> bool:
+    """Say whether a string can be UTF-8: one with half a character in it cannot."""
     if value.isascii():
         return True
     try:
