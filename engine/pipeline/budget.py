@@ -95,7 +95,10 @@ class Drain:
 
     def __init__(self, budget: Shared | None) -> None:
         self._budget = budget
-        self._num_done = 0
+        before = standing(budget) if budget else None
+        self._num_done = (
+            before.num_done if before else 0
+        )  # a sample that was embedded before the stream is no parcel of it
         self._is_stopping = False
         self._asked_at = 0.0
         self._last_done = time.monotonic()

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 
 import pyarrow as pa
 
+from engine.quantization import VectorFormat
 from engine.schema import InputFile, Receipt, Reject, Shard, Usage, canonical_json
 
 MANIFEST = "_manifest"
@@ -30,6 +31,8 @@ class Item:
     usage: Usage = field(default_factory=Usage)
     is_left: bool = False
     """It was not embedded, since the run is ending: nothing of it is committed."""
+    vectors: VectorFormat | None = None
+    """How the table's vectors are stored; None as long as it has none."""
 
 
 def pack(items: Sequence[Item]) -> pa.Table:
@@ -41,6 +44,7 @@ def pack(items: Sequence[Item]) -> pa.Table:
             "rejects": [reject.as_json() for reject in item.rejects],
             "usage": asdict(item.usage),
             "is_left": item.is_left,
+            "vectors": item.vectors and item.vectors.as_json(),
         }
         for item in items
     ]
@@ -90,7 +94,8 @@ def unpack(block: pa.Table) -> Iterator[list[Item]]:
             shard = Shard(entry["id"], InputFile(**entry["file"]), entry["start"], entry["stop"])
             rejects = [Reject(**reject) for reject in entry["rejects"]]
             rows = table.slice(start, entry["num_rows"])
-            items.append(Item(shard, rows, rejects, Usage(**entry["usage"]), entry["is_left"]))
+            vectors = entry["vectors"] and VectorFormat(**entry["vectors"])
+            items.append(Item(shard, rows, rejects, Usage(**entry["usage"]), entry["is_left"], vectors))
             start += entry["num_rows"]
         yield items
 
