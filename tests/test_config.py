@@ -28,6 +28,7 @@ DECIDES = {
     "prompt",
     "trust_remote_code",
     "text_column",
+    "output_dtype",
 }
 """What may decide the vectors besides the model itself, which is in the fingerprint by its content or commit."""
 SPEED_AND_PLACE = {
@@ -218,14 +219,15 @@ def test_the_fingerprint_has_what_decides_vectors_and_nothing_else():
     """Whoever adds an option has to say here which it is; the model and its revision are in by identity."""
     assert load().settings(EVERY).keys() == DECIDES
     assert JobConfig.model_fields.keys() - DECIDES - {"model", "revision"} == SPEED_AND_PLACE
-    assert validated(ModelConfig, {}).settings(EVERY).keys() == DECIDES - {"text_column"}
+    assert validated(ModelConfig, {}).settings(EVERY).keys() == DECIDES - {"text_column", "output_dtype"}
 
 
 def test_the_fingerprint_has_only_what_the_model_goes_by():
     """A setting of other models can neither change these vectors nor make an output of them another's."""
-    local = {"dtype", "max_length", "dimensions", "normalize", "prompt", "trust_remote_code", "text_column"}
-    assert load().settings(LOCAL).keys() == local
-    assert load().settings(OPENAI).keys() == {"model_args", "long_texts", "dimensions", "prompt", "text_column"}
+    of_job = {"text_column", "output_dtype"}
+    local = {"dtype", "max_length", "dimensions", "normalize", "prompt", "trust_remote_code"}
+    assert load().settings(LOCAL).keys() == local | of_job
+    assert load().settings(OPENAI).keys() == {"model_args", "long_texts", "dimensions", "prompt"} | of_job
 
 
 @pytest.mark.parametrize(
@@ -263,6 +265,7 @@ def test_speed_and_place_are_not_in_the_fingerprint(options):
         {"prompt": "q: "},
         {"trust_remote_code": True},
         {"text_column": "body"},
+        {"output_dtype": "int8"},
         {"model_args": {"a": 1}},
         {"long_texts": "chunk"},
         {"input_type": "clustering"},
