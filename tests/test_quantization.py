@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from engine.schema import EMBEDDING, PART_METADATA, SOURCE_ROW
 from engine.storage import LocalStorage
 from engine.survey import survey
 from tests.builders import FINGERPRINT, USAGE, make_shard
+from tests.kills import ROOT
 from tests.models import HashModel
 
 DTYPES = ("float32", "float16", "int8", "binary")
@@ -272,6 +274,30 @@ def test_a_row_whose_vector_its_type_cannot_hold_is_rejected_alone(tmp_path):
     )
     with pytest.raises(ConfigError, match="output_dtype: the model's vectors are too large or too small for float16"):
         lost.make()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "binary"])
+def test_the_guide_finds_the_nearest(dtype, tmp_path, monkeypatch):
+    """Its code, as it stands, on an output of a model that is really there."""
+    texts = list(dict.fromkeys(text for text, _ in zip(messages(), range(60), strict=False) if text.strip()))
+    made = Made(tmp_path, dtype, model=MINILM, model_args={})
+    pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), tmp_path / "in" / "a.parquet")
+    made.asked = survey(made.config)
+    made.make()
+    monkeypatch.chdir(tmp_path)
+    guide = (ROOT / "docs/output-dtypes.md").read_text()
+    text = guide.replace("sentence-transformers:all-MiniLM-L6-v2", MINILM).replace(
+        "what do you do on weekends?", texts[5]
+    )
+    as_int8, as_bits, back = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(as_int8, found)
+    exec(as_bits if dtype == "binary" else "candidates = nearest", found)
+    exec(back, found)
+    assert found["table"]["id"][int(found["candidates"][0])].as_py().endswith("#5")
+    assert found["vectors"].shape == (len(texts), 384)
+    cosines = found["vectors"] @ found["query"] / np.linalg.norm(found["vectors"], axis=1)
+    assert cosines.argmax() == found["candidates"][0]
 
 
 # The calibration

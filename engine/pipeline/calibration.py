@@ -204,4 +204,4 @@ def _end(actor: Any) -> None:
     """End an actor, and wait until it is gone: the memory of its GPU is the pool's next."""
     with suppress(RayError, TimeoutError):
         ray.kill(actor)
-        ray.get(actor.__ray_ready__.remote(), timeout=CLOSE_S)
+        ray.get(actor.__ray_ready__.options(max_task_retries=0).remote(), timeout=CLOSE_S)  # raises as it is gone
