@@ -172,6 +172,19 @@ def test_a_part_of_vectors_that_are_none_is_refused(problem):
 # A job, made without Ray by its own actors
 
 
+class SignedModel(HashModel):
+    """Vectors whose numbers are of either sign."""
+
+    def __init__(self) -> None:
+        super().__init__(44)
+
+    def vector(self, text: str) -> np.ndarray:
+        return super().vector(text) - np.float32(0.5)
+
+
+SIGNED = "custom:tests.test_quantization.SignedModel"
+
+
 class Made:
     """An output of 90 rows in three shards, one of them a reject."""
 
@@ -179,7 +192,7 @@ class Made:
         texts = [f"text {row}" if row != 7 else "" for row in range(90)]
         (folder / "in").mkdir()
         pq.write_table(pa.table({"id": range(90), "text": texts}), folder / "in" / "a.parquet")
-        given = {"model": "custom:tests.models.HashModel", "model_args": {"dimension": 44}, "shard_rows": 30} | options
+        given = {"model": SIGNED, "shard_rows": 30} | options
         self.out = folder / "out"
         self.config = load_config(source=str(folder / "in"), output=str(self.out), output_dtype=dtype, **given)
         self.asked = survey(self.config)
@@ -201,7 +214,8 @@ class Made:
             scale = fix(ledger.storage, self.calibration()).scale
         worker = EmbedWorker(self.work(scale))
         if noise:
-            worker._model.vector = lambda text: HashModel(44).vector(text) + noise * HashModel(44).vector(text + "!")  # type: ignore[attr-defined]
+            model = SignedModel()
+            worker._model.vector = lambda text: model.vector(text) + noise * model.vector(text + "!")  # type: ignore[attr-defined]
         for block in _read([(shard,) for shard in self.asked.standing.plan.pending], ["text"]):
             for item in next(unpack(worker(block))):
                 ledger.publish(
@@ -236,8 +250,8 @@ def test_an_output_of_any_type_is_good_at_every_level_and_its_report_is_drawn(dt
 @pytest.mark.parametrize("dtype", ["int8", "binary"])
 def test_vectors_of_other_texts_are_found_by_a_sample_and_a_changed_byte_by_full(dtype, tmp_path):
     """However little is stored of a vector."""
-    made = Made(tmp_path, dtype, model_args={"dimension": 44})
-    made.make(noise=-1.5)
+    made = Made(tmp_path, dtype)
+    made.make(noise=1.5)
     verdict = engine.verify(made.out, "full")
     assert verdict.ok, verdict.findings
     assert "embedded again" in engine.verify(made.out, "sample").findings[0].problem
@@ -262,7 +276,7 @@ class TinyModel(HashModel):
 
 def test_a_row_whose_vector_its_type_cannot_hold_is_rejected_alone(tmp_path):
     """With the reason; but a model all of whose vectors are lost is an error."""
-    made = Made(tmp_path, "float16", model="custom:tests.test_quantization.TinyModel", model_args={})
+    made = Made(tmp_path, "float16", model="custom:tests.test_quantization.TinyModel")
     made.make()
     status = engine.status(made.out)
     assert (status.num_rows, status.num_rejects) == (87, 3)
@@ -276,28 +290,22 @@ def test_a_row_whose_vector_its_type_cannot_hold_is_rejected_alone(tmp_path):
         lost.make()
 
 
-@pytest.mark.parametrize("dtype", ["int8", "binary"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_guide_finds_the_nearest(dtype, tmp_path, monkeypatch):
-    """Its code, as it stands, on an output of a model that is really there."""
-    texts = list(dict.fromkeys(text for text, _ in zip(messages(), range(60), strict=False) if text.strip()))
-    made = Made(tmp_path, dtype, model=MINILM, model_args={})
-    pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), tmp_path / "in" / "a.parquet")
-    made.asked = survey(made.config)
+    """Its code, as it stands but for the model and the text."""
+    made = Made(tmp_path, dtype)
     made.make()
     monkeypatch.chdir(tmp_path)
-    guide = (ROOT / "docs/output-dtypes.md").read_text()
-    text = guide.replace("sentence-transformers:all-MiniLM-L6-v2", MINILM).replace(
-        "what do you do on weekends?", texts[5]
-    )
-    as_int8, as_bits, back = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    text = (ROOT / "docs/output-dtypes.md").read_text()
+    text = text.replace('model="sentence-transformers:all-MiniLM-L6-v2"', f'model="{SIGNED}"')
+    text = text.replace("what do you do on weekends?", "text 5")
+    begun, numbers, bits, back = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     found: dict[str, Any] = {}
-    exec(as_int8, found)
-    exec(as_bits if dtype == "binary" else "candidates = nearest", found)
-    exec(back, found)
-    assert found["table"]["id"][int(found["candidates"][0])].as_py().endswith("#5")
-    assert found["vectors"].shape == (len(texts), 384)
+    for code in (begun, bits if dtype == "binary" else numbers, back):
+        exec(code, found)
+    assert found["table"]["id"][int(found["nearest"][0])].as_py() == "a.parquet#5"
     cosines = found["vectors"] @ found["query"] / np.linalg.norm(found["vectors"], axis=1)
-    assert cosines.argmax() == found["candidates"][0]
+    assert cosines.argmax() == found["nearest"][0]
 
 
 # The calibration
@@ -371,7 +379,7 @@ def test_a_sample_without_a_text_falls_back_on_a_sentence(tmp_path):
     pq.write_table(pa.table({"id": range(90), "text": [None, "", " "] * 30}), tmp_path / "in" / "a.parquet")
     made.asked = survey(made.config)
     found = made.calibration()
-    largest = np.abs(asyncio.run(HashModel(44).embed(["The quick brown fox jumps over the lazy dog."]))).max()
+    largest = np.abs(asyncio.run(SignedModel().embed(["The quick brown fox jumps over the lazy dog."]))).max()
     assert (found.source, found.num_texts, found.clipped_share) == ("probe", 0, 0)
     assert 1.9 < found.scale * 127 / largest <= 2
     made.make()
