@@ -39,6 +39,11 @@ class JobConfig(ModelConfig):
         None, description="the column that names a row; by default an `id` of file and row is made"
     )
     keep: tuple[str, ...] = Field((), description="columns to copy beside the vectors; repeat for more than one")
+    output_dtype: Literal["float32", "float16", "int8", "binary"] = Field(
+        "float32",
+        description="what vectors are stored as: int8 in steps that are fixed once for the whole job, binary as a bit a dimension",
+        json_schema_extra=VECTORS,
+    )
     shard_rows: int | None = Field(None, ge=1, description="rows a shard; by default chosen from the texts")
     num_actors: int | None = Field(
         None, ge=1, description="most model actors at once; by default one per GPU or group of cores"

@@ -26,6 +26,7 @@ import pyarrow as pa
 
 from engine.errors import CommitConflict, CorruptOutput, EngineError, FingerprintMismatch, Refused
 from engine.part import Part, check, decode, encode
+from engine.quantization import VectorFormat
 from engine.schema import (
     CommitRecord,
     Job,
@@ -192,22 +193,30 @@ class Ledger:
             raise CorruptOutput(f"the part {name} is missing") from None
 
     def publish(
-        self, table: pa.Table, *, shard: Shard, fingerprint: str, rejects: Sequence[Reject], usage: Usage
+        self,
+        table: pa.Table,
+        *,
+        shard: Shard,
+        fingerprint: str,
+        rejects: Sequence[Reject],
+        usage: Usage,
+        vectors: VectorFormat | None = None,
     ) -> Receipt:
         """
         Commit a shard: check, serialise, create the part, read it back, create the rejects and the record.
 
-        It may run any number of times, at once and anywhere, for one shard: the first part to be created is the part.
+        It may run any number of times, at once and anywhere, for one shard: the first part to be created is the part. How the vectors
+        are stored is by default what the type of their column tells.
 
         Raises:
             CorruptOutput: If the table is not what a part must be.
             CommitConflict: If a record is there that says something else.
         """
         name = part_name(shard.id)
-        check(table, shard=shard, rejects=rejects, name=name)
-        data = encode(table, shard=shard, fingerprint=fingerprint, rejects=rejects, usage=usage)
+        check(table, shard=shard, rejects=rejects, name=name, vectors=vectors)
+        data = encode(table, shard=shard, fingerprint=fingerprint, rejects=rejects, usage=usage, vectors=vectors)
         checked = decode(data, name)
-        self._fix_vectors(checked.record)
+        self._fix_vectors(checked)
         is_ours = self.storage.create(name, data)
         try:
             if is_ours and self.storage.read(name) == data:
@@ -235,7 +244,7 @@ class Ledger:
         record = stored.record
         if (record.shard_id, record.fingerprint) != (shard.id, fingerprint):
             raise CorruptOutput(f"the part {part_name(shard.id)} is of another shard or job")
-        self._fix_vectors(record)
+        self._fix_vectors(stored)
         self.storage.persist(part_name(shard.id))  # before the record that vouches for it
         return self._record(stored, outcome)
 
@@ -271,9 +280,9 @@ class Ledger:
         self._create_same(record_name(shard_id), stored.record.to_bytes(), shard_id)
         return Receipt.of(stored.record, outcome)
 
-    def _fix_vectors(self, record: CommitRecord) -> None:
-        """Let the first commit decide the dimension of all, and the slug of a custom model."""
-        asked = {"dimension": record.dimension, "dtype": "float32", "slug": record.usage.slug}
+    def _fix_vectors(self, part: Part) -> None:
+        """Let the first commit decide the dimension of all, how they are stored, and the slug of a custom model."""
+        asked = {**part.vectors.as_json(), "slug": part.record.usage.slug}
         if self._vectors is None:
             self.storage.create(VECTORS, (canonical_json(asked) + "\n").encode())
             try:

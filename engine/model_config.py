@@ -34,7 +34,7 @@ class ModelConfig(BaseModel):
         default_factory=dict, description="arguments of a custom model, as JSON", json_schema_extra=VECTORS
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="what the model computes in; vectors are stored as float32", json_schema_extra=VECTORS
+        "float32", description="what the model computes in", json_schema_extra=VECTORS
     )
     max_length: int | None = Field(
         None, ge=1, description="tokens a text is cut to; the model's own limit by default", json_schema_extra=VECTORS

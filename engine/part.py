@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine.errors import CorruptOutput
+from engine.quantization import BITS, Stored, VectorFormat, dequantize, from_arrow, usable
 from engine.schema import (
     EMBEDDING,
     PART_METADATA,
@@ -34,6 +35,8 @@ from engine.schema import (
 
 _SEAL = b"embedding_engine_seal"
 _OPEN = b"0" * 32
+_NUMBERS = f"{EMBEDDING}.list.element"
+"""The path of the vectors' numbers in a Parquet file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,28 +46,41 @@ class Part:
     table: pa.Table
     record: CommitRecord
     rejects: tuple[Reject, ...]
+    vectors: VectorFormat
+    """How the vectors of the table are stored."""
 
     def rejects_bytes(self) -> bytes:
         """Return the part's rejects as they are stored: JSON lines, one a row."""
         return "".join(canonical_json(reject.as_json()) + "\n" for reject in self.rejects).encode()
 
 
-def encode(table: pa.Table, *, shard: Shard, fingerprint: str, rejects: Sequence[Reject], usage: Usage) -> bytes:
+def encode(
+    table: pa.Table,
+    *,
+    shard: Shard,
+    fingerprint: str,
+    rejects: Sequence[Reject],
+    usage: Usage,
+    vectors: VectorFormat | None = None,
+) -> bytes:
     """
     Serialise a shard's table, in memory: a failure leaves no file behind, not even a readable short one.
 
     Args:
-        table: Kept columns, `embedding` (fixed-size list of float32) and `_source_row` (int64), in the order of rows.
+        table: Kept columns, `embedding` (fixed-size list of what `vectors` says) and `_source_row` (int64), in the order of rows.
         shard: The shard that the table is of.
         fingerprint: Of the job.
         rejects: The rows of the shard that the table lacks.
         usage: What the shard cost.
+        vectors: How they are stored; by default what the type of the column tells.
     """
+    vectors = vectors or format_of(table.schema)
     about = {
         "shard": asdict(shard.file) | {"id": shard.id, "start": shard.start, "stop": shard.stop},
         "fingerprint": fingerprint,
         "rejects": [reject.as_json() for reject in rejects],
         "usage": asdict(usage),
+        "vectors": vectors.as_json(),
     }
     del about["shard"]["location"]  # type: ignore[attr-defined] # where a file lay says nothing of what it is
     metadata = {PART_METADATA: canonical_json(about).encode()}
@@ -77,8 +93,9 @@ def encode(table: pa.Table, *, shard: Shard, fingerprint: str, rejects: Sequence
         sink,
         table.schema,
         compression="zstd",
-        # Vectors do not repeat: a dictionary of them costs time and saves nothing.
-        use_dictionary=[name for name in table.column_names if name not in (EMBEDDING, SOURCE_ROW)],
+        # Floats do not repeat: a dictionary of them costs time and saves nothing. Bytes do, and Parquet's plain integers have four.
+        use_dictionary=[name for name in table.column_names if name not in (EMBEDDING, SOURCE_ROW)]
+        + ([_NUMBERS] if vectors.dtype in ("int8", "binary") else []),
         write_page_checksum=True,
         store_schema=True,
     ) as writer:
@@ -110,9 +127,10 @@ def decode(data: bytes, name: str) -> Part:
         rejects = tuple(Reject(**reject) for reject in about["rejects"])
         usage = Usage(**about["usage"])
         fingerprint = about["fingerprint"]
+        vectors = VectorFormat(**about["vectors"])
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptOutput(f"the part {name} cannot be read back ({type(error).__name__})") from None
-    check(table, shard=shard, rejects=rejects, name=name)
+    check(table, shard=shard, rejects=rejects, name=name, vectors=vectors)
     record = CommitRecord(
         shard_id=shard.id,
         fingerprint=fingerprint,
@@ -124,12 +142,12 @@ def decode(data: bytes, name: str) -> Part:
         num_rows=table.num_rows,
         num_rejects=len(rejects),
         reasons=count_reasons(rejects),
-        dimension=table.schema.field(EMBEDDING).type.list_size,
+        dimension=vectors.dimension,
         num_bytes=len(data),
         checksum=content_hash(data),
         usage=usage,
     )
-    return Part(table, record, rejects)
+    return Part(table, record, rejects, vectors)
 
 
 def _sealed(data: bytes) -> bytes:
@@ -146,23 +164,41 @@ def _sealed(data: bytes) -> bytes:
     return data[:at] + content_hash(opened).encode() + data[at + len(_OPEN) :]
 
 
-def check(table: pa.Table, *, shard: Shard, rejects: Sequence[Reject], name: str) -> None:
+def check(
+    table: pa.Table, *, shard: Shard, rejects: Sequence[Reject], name: str, vectors: VectorFormat | None = None
+) -> None:
     """
     Check that a table and its rejects are the rows of `shard`, each once and in order, with vectors that can be used.
+
+    The format of the vectors is by default what the type of their column tells.
 
     Raises:
         CorruptOutput: Says what is wrong.
     """
-    problem = _row_problem(table, shard, rejects) or _vector_problem(table)
+    problem = _row_problem(table, shard, rejects) or _vector_problem(table, vectors)
     if problem:
         raise CorruptOutput(f"the part {name} of rows {shard.start} to {shard.stop} of {shard.file.path}: {problem}")
 
 
-def vectors_of(table: pa.Table) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Return the `embedding` column as an array of shape (rows, dimension), float32."""
-    column = table.column(EMBEDDING).combine_chunks()
-    flat = column.flatten() if table.num_rows else pa.array([], pa.float32())
-    return np.asarray(flat).reshape(table.num_rows, column.type.list_size)
+def vectors_of(table: pa.Table, vectors: VectorFormat | None = None) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Return the `embedding` column as an array of shape (rows, dimension), float32; its format is by default what the table says."""
+    return dequantize(from_arrow(table.column(EMBEDDING)), vectors or format_of(table.schema))
+
+
+def format_of(schema: pa.Schema) -> VectorFormat:
+    """
+    Return how a part's vectors are stored: by the part's metadata, or else by the type of their column.
+
+    Raises:
+        ValueError: If there are no vectors.
+    """
+    about = json.loads((schema.metadata or {}).get(PART_METADATA, b"{}"))
+    if "vectors" in about:
+        return VectorFormat(**about["vectors"])
+    found = VectorFormat.of_type(schema.field(EMBEDDING).type) if EMBEDDING in schema.names else None
+    if found is None:
+        raise ValueError(f"no column {EMBEDDING} of vectors")
+    return found
 
 
 def _row_problem(table: pa.Table, shard: Shard, rejects: Sequence[Reject]) -> str | None:
@@ -179,18 +215,31 @@ def _row_problem(table: pa.Table, shard: Shard, rejects: Sequence[Reject]) -> st
     return None
 
 
-def _vector_problem(table: pa.Table) -> str | None:
-    kind = table.schema.field(EMBEDDING).type if EMBEDDING in table.column_names else None
-    if kind is None or not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.float32():
-        return f"it has no column {EMBEDDING} of fixed-size lists of float32"
+def _vector_problem(table: pa.Table, vectors: VectorFormat | None) -> str | None:
+    kind = table.schema.field(EMBEDDING).type if EMBEDDING in table.column_names else pa.null()
+    expected = vectors or VectorFormat.of_type(kind) or VectorFormat("float32", 0)
+    wanted = expected.arrow_type
+    if not pa.types.is_fixed_size_list(kind) or kind.value_type != wanted.value_type:
+        name = "uint8" if expected.dtype == "binary" else expected.dtype
+        return f"it has no column {EMBEDDING} of fixed-size lists of {name}"
     if kind.list_size < 1:
         return "its vectors have no dimensions"
+    if kind.list_size != wanted.list_size:
+        return f"its vectors have {kind.list_size} numbers instead of {wanted.list_size}"
     if table.column(EMBEDDING).null_count or table.column(EMBEDDING).combine_chunks().flatten().null_count:
         return "a vector is missing"
-    vectors = vectors_of(table)
-    if not np.isfinite(vectors).all():
+    return _value_problem(from_arrow(table.column(EMBEDDING)), expected)
+
+
+def _value_problem(stored: Stored, of: VectorFormat) -> str | None:
+    if of.dtype == "binary":
+        unused = of.width * BITS - of.dimension
+        return "a vector has bits beyond its dimensions" if (stored[:, -1] & ((1 << unused) - 1)).any() else None
+    if of.dtype == "int8" and not of.scale:
+        return "its vectors are int8, and nothing says what a step of them stands for"
+    if not np.isfinite(stored).all():
         return "a vector is not finite"
-    if not vectors.any(axis=1).all():
+    if not usable(stored, of).all():
         return "a vector is zero"
     return None
 
@@ -200,7 +249,7 @@ def _huggingface_features(schema: pa.Schema) -> dict[str, Any] | None:
     features: dict[str, Any] = {}
     for field in schema:
         if field.name == EMBEDDING:
-            value = {"dtype": "float32", "_type": "Value"}
+            value = {"dtype": _huggingface_dtype(field.type.value_type), "_type": "Value"}
             features[field.name] = {"feature": value, "length": field.type.list_size, "_type": "List"}
         elif (dtype := _huggingface_dtype(field.type)) is not None:
             features[field.name] = {"dtype": dtype, "_type": "Value"}

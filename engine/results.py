@@ -32,6 +32,8 @@ class PlanResult(Result):
     warnings: list[str] = field(default_factory=list)
     forecast: Forecast | None = None
     """Of what a provider will be asked for; None for models that run here."""
+    output_dtype: str = "float32"
+    """What vectors are stored as."""
 
     def lines(self) -> dict[str, str]:
         """Say what a run would do."""
@@ -46,6 +48,7 @@ class PlanResult(Result):
             "done": f"{self.done_rows:,} of {count(self.num_rows, 'row')}, {self.done_shards:,} of {count(self.num_shards, 'shard')}",
             "source": f"{count(self.num_files, 'file')}, cut into shards of about {count(self.shard_rows, 'row')}",
             **(self.forecast.lines() if self.forecast else {}),
+            **({} if self.output_dtype == "float32" else {"vectors": f"stored as {self.output_dtype}"}),
             "model": self.model,
             "output": self.output,
         }
@@ -139,17 +142,20 @@ class StatusResult(Result):
     warnings: list[str] = field(default_factory=list)
     provider: ProviderUse | None = None
     """What a provider was asked in all runs; None for models that run here."""
+    output_dtype: str = "float32"
+    """What vectors are stored as."""
 
     def lines(self) -> dict[str, str]:
         """Say where an output stands."""
         left = "cannot be told" if self.pending_rows is None else "nothing"
         if self.pending_rows:
             left = f"{count(self.pending_rows, 'row')} in {count(self.pending_shards or 0, 'shard')}"
+        stored_as = "" if self.output_dtype == "float32" else f"stored as {self.output_dtype}, "
         return {
             "left": left,
             "embedded": f"{count(self.num_rows, 'row')} in {count(self.num_shards, 'shard')}",
             "rejected": rejects(self.num_rejects, self.reasons),
-            "vectors": f"{self.dimension} dimensions, {size(self.num_bytes)}",
+            "vectors": f"{self.dimension} dimensions, {stored_as}{size(self.num_bytes)}",
             "took": f"{count(self.num_tokens, 'token')}, {duration(self.embed_s)} of model time",
             **(self.provider.lines() if self.provider else {}),
             "model": self.model,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from engine import history, lease
+from engine.calibration import stored_calibration
 from engine.errors import ConfigError, CorruptOutput, EngineError, SourceError, Stopped
 from engine.events import PoolStarted, RunPlanned, ShardDone
 from engine.interrupts import interruptible, sigterm_interrupts
@@ -27,9 +29,8 @@ if TYPE_CHECKING:
     from engine.lease import Lease
     from engine.pipeline.budget import Shared
     from engine.pipeline.resources import Resources
-    from engine.pipeline.stream import Stream
+    from engine.pipeline.worker import Work
     from engine.results import VerifyResult
-    from engine.schema import Shard
     from engine.survey import Survey
     from engine.verification import Level
 
@@ -61,6 +62,7 @@ def plan(config: JobConfig) -> PlanResult:
         pending_bytes=todo.pending_bytes,
         warnings=list(asked.standing.warnings),
         forecast=forecast(asked.config, todo),
+        output_dtype=asked.config.output_dtype,
     )
 
 
@@ -122,6 +124,10 @@ def status(output: str) -> StatusResult:
             cost = (cost or 0.0) + record.usage.cost
         embed_s += record.usage.embed_s
         dimension = record.dimension
+    if (sampled := stored_calibration(ledger.storage)) and sampled.usage:
+        totals.update({name: getattr(sampled.usage, name) for name in ASKED})
+        if sampled.usage.cost is not None:
+            cost = (cost or 0.0) + sampled.usage.cost
     return StatusResult(
         output=ledger.root,
         model=str(job.config.get("model")),
@@ -139,6 +145,7 @@ def status(output: str) -> StatusResult:
         pending_rows=standing.plan.pending_rows if standing else None,
         warnings=list(standing.warnings) if standing else [_untold(problem)],
         provider=ProviderUse(**{name: totals[name] for name in ASKED}, cost=cost) if totals["num_requests"] else None,
+        output_dtype=str(job.config.get("output_dtype", "float32")),
     )
 
 
@@ -209,6 +216,8 @@ def _max_tokens(asked: Survey) -> float | None:
             f"max_cost: the price of {asked.config.model} is not known: give --token-price, or leave --max-cost out"
         )
     spent = sum(record.usage.cost or 0.0 for record in asked.ledger.records())
+    if (sampled := stored_calibration(asked.ledger.storage)) and sampled.usage:
+        spent += sampled.usage.cost or 0.0
     return (asked.config.max_cost - spent) / price * MILLION if price else None
 
 
@@ -218,6 +227,7 @@ def _stream(
     """Send the pending shards through Ray, and count their receipts until they are all in or somebody interrupts."""
     from engine.pipeline import cluster, resources
     from engine.pipeline.metrics import Metrics
+    from engine.pipeline.stream import Stream
 
     todo = asked.standing.plan
     groups = list(parcels(todo.pending, todo.shard_rows))
@@ -235,7 +245,9 @@ def _stream(
         exported = Metrics(asked.config.model, asked.job.fingerprint, todo.pending_rows)
         with _budget(asked.config, chosen, max_tokens, tally) as budget:
             try:
-                with closing(_pipeline(asked, chosen, groups, budget).receipts()) as receipts:
+                work = _calibrated(asked, chosen, _work(asked, chosen, budget), tally, owned)
+                stream = Stream(groups, work, asked.ledger, asked.job.fingerprint, chosen, asked.config.stall_s)
+                with closing(stream.receipts()) as receipts:
                     for receipt in receipts:
                         owned.check()
                         tally.add_streamed(receipt)
@@ -271,14 +283,13 @@ def _budget(config: JobConfig, chosen: Resources, max_tokens: float | None, tall
                 tally.limits = found.limits
 
 
-def _pipeline(asked: Survey, chosen: Resources, groups: Sequence[tuple[Shard, ...]], budget: Shared | None) -> Stream:
-    from engine.pipeline.stream import Stream
+def _work(asked: Survey, chosen: Resources, budget: Shared | None) -> Work:
     from engine.pipeline.worker import Work
     from engine.sources.rows import Selection
 
     config = asked.config
     share = asked.standing.plan.pending_bytes // chosen.max_actors
-    work = Work(
+    return Work(
         model=registry.suited(config.of_model(), share),
         identity=asked.identity,
         selection=Selection.of(config, asked.job.kept_types),
@@ -287,5 +298,24 @@ def _pipeline(asked: Survey, chosen: Resources, groups: Sequence[tuple[Shard, ..
         log_level=logging.getLogger("engine").getEffectiveLevel(),
         price=price_of(config),
         budget=budget,
+        output_dtype=config.output_dtype,
     )
-    return Stream(groups, work, asked.ledger, asked.job.fingerprint, chosen, config.stall_s)
+
+
+def _calibrated(asked: Survey, chosen: Resources, work: Work, tally: Tally, owned: Lease) -> Work:
+    """Give int8 its scale, which is found before the first shard and holds for all."""
+    if work.output_dtype != "int8":
+        return work
+    from engine.pipeline import calibration
+
+    found, is_new = calibration.calibrated(
+        asked.ledger.storage,
+        work,
+        asked.standing.plan.pending,
+        chosen,
+        stall_s=asked.config.stall_s,
+        still_ours=owned.check,
+    )
+    if is_new and found.usage is not None:
+        tally.add_use(found.usage)
+    return replace(work, scale=found.scale)

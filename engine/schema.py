@@ -306,6 +306,6 @@ def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str
     ]
 
 
-def vectors_type(dimension: int) -> pa.DataType:
-    """Return the type of the `embedding` column: a fixed-size list of float32, zero-copy to numpy and back."""
-    return pa.list_(pa.field("item", pa.float32(), nullable=False), dimension)
+def vectors_type(width: int, of: pa.DataType | None = None) -> pa.DataType:
+    """Return the type of the `embedding` column: a fixed-size list of numbers, by default float32, zero-copy to numpy and back."""
+    return pa.list_(pa.field("item", of or pa.float32(), nullable=False), width)

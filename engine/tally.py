@@ -14,7 +14,7 @@ from engine.results import RunResult
 from engine.schema import OTHER_REASONS, idle_share, padding_share
 
 if TYPE_CHECKING:
-    from engine.schema import Receipt
+    from engine.schema import Receipt, Usage
     from engine.survey import Survey
 
 
@@ -66,10 +66,7 @@ class Tally:
         for reason, count in json.loads(receipt.reasons).items():
             is_known = reason in self.reasons or len(self.reasons) < MAX_REASONS
             self.reasons[reason if is_known else OTHER_REASONS] += count
-        for name in ASKED:
-            self.asked[name] += getattr(receipt, name)
-        if receipt.cost is not None:
-            self.cost = (self.cost or 0.0) + receipt.cost
+        self.add_use(receipt)
         self.devices.add(receipt.device)
         self.backends.add(receipt.backend)
         if receipt.padding_share is not None:
@@ -78,6 +75,13 @@ class Tally:
         if receipt.device_idle_share is not None:
             self.held_s += receipt.embed_s
             self.busy_s += receipt.busy_s
+
+    def add_use(self, used: Receipt | Usage) -> None:
+        """Count what a provider was asked, for a shard or for a sample of the job."""
+        for name in ASKED:
+            self.asked[name] += getattr(used, name)
+        if used.cost is not None:
+            self.cost = (self.cost or 0.0) + used.cost
 
     def add_streamed(self, receipt: Receipt) -> None:
         """Count one shard that Ray brought, and the time."""

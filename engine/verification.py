@@ -25,8 +25,9 @@ import pyarrow.parquet as pq
 from engine.errors import CorruptOutput
 from engine.ledger import part_name, rejects_name
 from engine.models import registry
-from engine.models.base import lowest_cosine
-from engine.part import Part, vectors_of
+from engine.models.base import Vectors, lowest_cosine
+from engine.part import Part, format_of, vectors_of
+from engine.quantization import dequantize, quantize
 from engine.results import Finding, VerifyResult
 from engine.schema import EMBEDDING, PART_METADATA, SOURCE_ROW, START, TEXT, CommitRecord, InputFile, Shard
 from engine.sources import indexes
@@ -48,6 +49,8 @@ LOOKS_AT_ONCE = 256
 SAMPLED_SHARDS = 8
 LOWEST_COSINE = {"float32": 0.9999, "bfloat16": 0.999, "float16": 0.999}
 """Between a stored vector and the same text embedded again, perhaps on another device and among other neighbours."""
+LOWEST_COSINE_AS = {"int8": 0.999, "binary": 0.9}
+"""The same of vectors that are stored as other than floats: the new one is quantized too, and numbers beside a step may fall on its other side."""
 AGAIN = "`engine verify {root} --level {level} --set-aside` moves it away, and the next run makes its shard again"
 RESTORE = "its input is gone, so it cannot be made again: restore the part from a copy"
 
@@ -187,9 +190,10 @@ class _Check:
                 stored = self._ledger.part(shard_id)
                 picked = sorted(chance.sample(range(stored.table.num_rows), min(each, stored.table.num_rows)))
                 texts = _texts_of(stored, picked, self._job.base, selection, known)
-                cosine = lowest_cosine(vectors_of(stored.table)[picked], loop.run(model.embed_rows(texts)).vectors)
+                again = loop.run(model.embed_rows(texts)).vectors
+                cosine = _lowest_cosine(stored, picked, again)
                 lowest = min(lowest, cosine)
-                if cosine < LOWEST_COSINE[config.dtype]:
+                if cosine < min(LOWEST_COSINE[config.dtype], LOWEST_COSINE_AS.get(stored.vectors.dtype, 1.0)):
                     self._find(
                         shard_id, f"{part_name(shard_id)}: embedded again, a vector has cosine {cosine:.6f} to it"
                     )
@@ -231,11 +235,13 @@ class _Check:
             with self._ledger.storage.open(name) as file, pq.ParquetFile(file) as parquet:
                 schema, num_rows = parquet.schema_arrow, parquet.metadata.num_rows
             about = json.loads(schema.metadata[PART_METADATA])
-            dimension = schema.field(EMBEDDING).type.list_size
-        except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError) as error:
+            kind, vectors = schema.field(EMBEDDING).type, format_of(schema)
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             yield f"the footer of {name} cannot be read ({type(error).__name__})"
             return
-        stored = (about["fingerprint"], about["shard"]["id"], num_rows, len(about["rejects"]), dimension)
+        if kind != vectors.arrow_type or vectors.dtype != self._job.config.get("output_dtype", "float32"):
+            yield f"the column {EMBEDDING} of {name} is {kind}, which is not what the job and the part say"
+        stored = (about["fingerprint"], about["shard"]["id"], num_rows, len(about["rejects"]), vectors.dimension)
         if stored != (record.fingerprint, record.shard_id, record.num_rows, record.num_rejects, record.dimension):
             yield f"the footer of {name} does not say what its commit record says"
 
@@ -255,6 +261,15 @@ class _Check:
 
     def _can_be_made_again(self, shard_id: str) -> bool:
         return self._standing is not None and shard_id not in self._standing.plan.unknown | self._standing.lost
+
+
+def _lowest_cosine(stored: Part, picked: list[int], again: Vectors) -> float:
+    """Return the lowest cosine of stored vectors to others, which are stored and read back for it."""
+    wanted = vectors_of(stored.table, stored.vectors)[picked]
+    if again.shape != wanted.shape:
+        return -1.0
+    found = lowest_cosine(wanted, dequantize(quantize(again, stored.vectors), stored.vectors))
+    return found if np.isfinite(found) else -1.0  # a vector that is nothing but zeros now
 
 
 def _texts_of(stored: Part, picked: list[int], base: str, selection: Selection, known: indexes.Known) -> list[str]:

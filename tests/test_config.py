@@ -29,6 +29,7 @@ DECIDES = {
     "trust_remote_code",
     "text_column",
     "text_rows",
+    "output_dtype",
 }
 """What may decide the vectors besides the model itself, which is in the fingerprint by its content or commit."""
 SPEED_AND_PLACE = {
@@ -220,30 +221,16 @@ def test_the_fingerprint_has_what_decides_vectors_and_nothing_else():
     """Whoever adds an option has to say here which it is; the model and its revision are in by identity."""
     assert load().settings(EVERY).keys() == DECIDES
     assert JobConfig.model_fields.keys() - DECIDES - {"model", "revision"} == SPEED_AND_PLACE
-    assert validated(ModelConfig, {}).settings(EVERY).keys() == DECIDES - {"text_column", "text_rows"}
+    of_job = {"text_column", "text_rows", "output_dtype"}
+    assert validated(ModelConfig, {}).settings(EVERY).keys() == DECIDES - of_job
 
 
 def test_the_fingerprint_has_only_what_the_model_goes_by():
     """A setting of other models can neither change these vectors nor make an output of them another's."""
-    local = {
-        "dtype",
-        "max_length",
-        "dimensions",
-        "normalize",
-        "prompt",
-        "trust_remote_code",
-        "text_column",
-        "text_rows",
-    }
-    assert load().settings(LOCAL).keys() == local
-    assert load().settings(OPENAI).keys() == {
-        "model_args",
-        "long_texts",
-        "dimensions",
-        "prompt",
-        "text_column",
-        "text_rows",
-    }
+    of_job = {"text_column", "text_rows", "output_dtype"}
+    local = {"dtype", "max_length", "dimensions", "normalize", "prompt", "trust_remote_code"}
+    assert load().settings(LOCAL).keys() == local | of_job
+    assert load().settings(OPENAI).keys() == {"model_args", "long_texts", "dimensions", "prompt"} | of_job
 
 
 @pytest.mark.parametrize(
@@ -281,6 +268,7 @@ def test_speed_and_place_are_not_in_the_fingerprint(options):
         {"prompt": "q: "},
         {"trust_remote_code": True},
         {"text_column": "body"},
+        {"output_dtype": "int8"},
         {"model_args": {"a": 1}},
         {"long_texts": "chunk"},
         {"input_type": "clustering"},

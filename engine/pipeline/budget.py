@@ -91,11 +91,13 @@ class Drain:
 
     Args:
         budget: Of the run; None if it has none.
+        was_used: There were orders before the run's first parcel: a sample.
     """
 
-    def __init__(self, budget: Shared | None) -> None:
+    def __init__(self, budget: Shared | None, *, was_used: bool = False) -> None:
         self._budget = budget
-        self._num_done = 0
+        before = standing(budget) if budget and was_used else None
+        self._num_done = before.num_done if before else 0
         self._is_stopping = False
         self._asked_at = 0.0
         self._last_done = time.monotonic()

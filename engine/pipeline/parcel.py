@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 
 import pyarrow as pa
 
+from engine.quantization import VectorFormat
 from engine.schema import InputFile, Receipt, Reject, Shard, Usage, canonical_json
 
 MANIFEST = "_manifest"
@@ -32,6 +33,8 @@ class Item:
     usage: Usage = field(default_factory=Usage)
     is_left: bool = False
     """It was not embedded, since the run is ending: nothing of it is committed."""
+    vectors: VectorFormat | None = None
+    """How the table's vectors are stored; None as long as it has none."""
 
 
 def pack(items: Sequence[Item]) -> pa.Table:
@@ -44,6 +47,7 @@ def pack(items: Sequence[Item]) -> pa.Table:
             "rejects": [reject.as_json() for reject in item.rejects],
             "usage": asdict(item.usage),
             "is_left": item.is_left,
+            "vectors": item.vectors and item.vectors.as_json(),
         }
         for item in items
     ]
@@ -94,7 +98,8 @@ def unpack(block: pa.Table) -> Iterator[list[Item]]:
             rejects = [Reject(**reject) for reject in entry["rejects"]]
             rows = table.slice(start, entry["num_rows"])
             faults = {int(position): reason for position, reason in entry["faults"].items()}
-            items.append(Item(shard, rows, faults, rejects, Usage(**entry["usage"]), entry["is_left"]))
+            vectors = entry["vectors"] and VectorFormat(**entry["vectors"])
+            items.append(Item(shard, rows, faults, rejects, Usage(**entry["usage"]), entry["is_left"], vectors))
             start += entry["num_rows"]
         yield items
 

@@ -38,7 +38,12 @@ class Publisher:
         if item.is_left:
             return Receipt.left(item.shard)
         return self._ledger.publish(
-            item.table, shard=item.shard, fingerprint=self._fingerprint, rejects=item.rejects, usage=item.usage
+            item.table,
+            shard=item.shard,
+            fingerprint=self._fingerprint,
+            rejects=item.rejects,
+            usage=item.usage,
+            vectors=item.vectors,
         )
 
     def _check_place(self) -> None:

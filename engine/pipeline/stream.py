@@ -62,7 +62,7 @@ class Stream:
         }
         with cluster.settings(**wanted), cluster.translated():
             blocks = self._chain().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
-            drain = Drain(self.work.budget)
+            drain = Drain(self.work.budget, was_used=self.work.scale is not None)
             for block in blocks:
                 for receipts in unpack_receipts(block):
                     yield from (receipt for receipt in receipts if receipt.outcome != LEFT)

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from engine.errors import EngineError, ProviderError, Refused
+from engine.errors import ConfigError, EngineError, ProviderError, Refused
 from engine.model_config import ModelConfig
 from engine.models import registry
 from engine.models.api.prices import dollars
@@ -24,7 +24,8 @@ from engine.models.base import BaseEmbeddingModel, Embeddings, Vectors
 from engine.models.loop_thread import LoopThread
 from engine.pipeline.budget import Shared, join
 from engine.pipeline.parcel import Item, pack, unpack
-from engine.schema import EMBEDDING, SOURCE_ROW, Reject, Usage, utc_now, vectors_type
+from engine.quantization import Stored, VectorFormat, quantize, to_arrow, usable
+from engine.schema import EMBEDDING, SOURCE_ROW, Reject, Usage, utc_now
 from engine.sources import texts as text_checks
 from engine.sources.rows import Rows, Selection
 
@@ -57,6 +58,10 @@ class Work:
     """Dollars per million tokens."""
     budget: Shared | None = None
     """Of a job that asks a provider."""
+    output_dtype: str = "float32"
+    """What vectors are stored as."""
+    scale: float | None = None
+    """Of int8."""
 
 
 class EmbedWorker:
@@ -132,16 +137,25 @@ class EmbedWorker:
                 slug=self._model.slug() if self._work.model.provider == registry.CUSTOM else "",
                 created_at=utc_now(),
             )
-            rows = self._kept_columns(item)
-            survivors = rows if len(kept) == rows.num_rows else rows.take(pa.array(kept, pa.int64()))
-            table = _with_vectors(survivors, vectors)
-            embedded.append(Item(item.shard, table, rejects=_rejects(rows, reasons), usage=usage))
             first_text, first_vector = stop, first_vector + len(kept)
+            rows = self._kept_columns(item)
+            stored, kind = self._stored(vectors)
+            kept, stored, unfit = _fitting(kept, stored, kind)
+            reasons |= unfit
+            survivors = rows if len(kept) == rows.num_rows else rows.take(pa.array(kept, pa.int64()))
+            table = _with_vectors(survivors, stored, kind)
+            embedded.append(Item(item.shard, table, rejects=_rejects(rows, reasons), usage=usage, vectors=kind))
         return embedded
 
     def _left(self, item: Item) -> Item:
         rows = self._kept_columns(item).slice(0, 0)
-        return Item(item.shard, _with_vectors(rows, np.empty((0, 1), np.float32)), is_left=True)
+        stored, kind = self._stored(np.empty((0, 1), np.float32))
+        return Item(item.shard, _with_vectors(rows, stored, kind), is_left=True, vectors=kind)
+
+    def _stored(self, vectors: Vectors) -> tuple[Stored, VectorFormat]:
+        """Return vectors as they are stored: here, so that no more than that travels to the publisher."""
+        kind = VectorFormat(self._work.output_dtype, vectors.shape[1], self._work.scale)
+        return quantize(vectors, kind), kind
 
     async def _answer(self, texts: list[str]) -> Embeddings:
         """Embed texts; the dimension is known even if there are none."""
@@ -188,11 +202,32 @@ def _failed(work: Work, error: Exception) -> ProviderError:
     return ProviderError(f"the model {work.model.model} failed: {type(error).__name__}; what was committed is kept")
 
 
-def _with_vectors(rows: pa.Table, vectors: Vectors) -> pa.Table:
+def _fitting(kept: list[int], stored: Stored, kind: VectorFormat) -> tuple[list[int], Stored, dict[int, str]]:
+    """
+    Take out rows whose vector is lost in what it is stored as: too large for float16, or all zeros in it or in int8.
+
+    Raises:
+        ConfigError: If that is so of all of several: then it is the model that does not suit the type.
+    """
+    fits = usable(stored, kind)
+    if fits.all():
+        return kept, stored, {}
+    if len(kept) > 1 and not fits.any():
+        raise ConfigError(
+            f"output_dtype: the model's vectors are too large or too small for {kind.dtype}: store them as float32, in another output "
+            "folder"
+        )
+    lost = {
+        row: f"its vector is too large or too small for {kind.dtype}"
+        for row, fit in zip(kept, fits, strict=True)
+        if not fit
+    }
+    return [row for row in kept if row not in lost], stored[fits], lost
+
+
+def _with_vectors(rows: pa.Table, stored: Stored, kind: VectorFormat) -> pa.Table:
     """Put `embedding` before `_source_row`, which is the last column of a part."""
-    flat = pa.array(vectors.reshape(-1), pa.float32())
-    embedding = pa.FixedSizeListArray.from_arrays(flat, type=vectors_type(vectors.shape[1]))
-    return rows.add_column(rows.num_columns - 1, EMBEDDING, embedding)
+    return rows.add_column(rows.num_columns - 1, EMBEDDING, to_arrow(stored, kind))
 
 
 def _rejects(rows: pa.Table, reasons: dict[int, str]) -> list[Reject]:

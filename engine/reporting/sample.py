@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine.ledger import part_name
-from engine.part import vectors_of
+from engine.part import format_of, vectors_of
 from engine.schema import EMBEDDING, SOURCE_ROW
 from engine.sources.texts import Undecodable, values_of
 
@@ -103,14 +103,15 @@ class _Asked:
             pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as parquet,
         ):
             num_rows = parquet.metadata.num_rows
-            row_bytes = parquet.schema_arrow.field(EMBEDDING).type.list_size * 4
+            vectors = format_of(parquet.schema_arrow)
+            row_bytes = vectors.dimension * 4  # as they are looked at, however they are stored
             readable = min(num_rows, max(wanted, max_bytes // row_bytes))
             chosen = np.sort(np.random.default_rng(seed).choice(readable, min(wanted, readable), replace=False))
             batches = parquet.iter_batches(max(1, min(8192, BATCH_BYTES // row_bytes)), columns=sorted(columns))  # type: ignore[type-var]
             table = pa.Table.from_batches(list(_rows(batches, chosen)))
         self._describe(table, into)
         into.is_beginning |= readable < num_rows
-        return vectors_of(table)
+        return vectors_of(table, vectors)
 
     def _describe(self, table: pa.Table, into: Sample) -> None:
         ids = [shown(value) for value in values_of(table.column(self.id_column))]

@@ -107,7 +107,7 @@ def report(
         made_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         version=__version__,
         signs=told,
-        tiles=summary.tiles_of(facts, standing.plan.pending_rows if standing else None),
+        tiles=summary.tiles_of(facts, standing.plan.pending_rows if standing else None, config.output_dtype),
         work=summary.work_of(facts, sessions, limit),
         runs=[summary.run_of(run) for run in facts.runs[:SHOWN_RUNS]],
         num_runs=len(facts.runs),

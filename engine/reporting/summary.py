@@ -23,7 +23,7 @@ SHOWN_ROWS = 4
 """Of a set of identical vectors."""
 
 
-def tiles_of(facts: Facts, pending_rows: int | None) -> list[tuple[str, str, str]]:
+def tiles_of(facts: Facts, pending_rows: int | None, output_dtype: str = "float32") -> list[tuple[str, str, str]]:
     """Return the numbers that come first: value, name, and what is to be said beside them."""
     tally = facts.tally
     left = "" if pending_rows is None else "nothing left to do" if not pending_rows else f"{grouped(pending_rows)} left"
@@ -43,7 +43,7 @@ def tiles_of(facts: Facts, pending_rows: int | None) -> list[tuple[str, str, str
     if tally.cost is not None:
         tiles.append((dollars(tally.cost), "cost", ""))
     tiles += [
-        (grouped(facts.dimension), "dimensions", "float32"),
+        (grouped(facts.dimension), "dimensions", output_dtype),
         (size(facts.num_bytes), "of parts", f"{grouped(tally.num_shards)} shards"),
     ]
     if facts.runs:

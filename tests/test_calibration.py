@@ -1,0 +1,122 @@
+"""Runs whose vectors become int8: calibrated once, through kills and resumes, and within what a provider may cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+import engine
+from engine.calibration import CALIBRATION
+from tests.kills import ROOT, wait_until
+from tests.models import HashModel
+from tests.strict_server import serving
+
+pytestmark = pytest.mark.ray
+
+DIMENSION = 32
+NUM_ROWS = 600
+
+
+@pytest.fixture(scope="module", autouse=True)
+def address() -> Iterator[str]:
+    """A cluster with one GPU that is only a number: the calibrating actor has to leave it to the pool."""
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT), "OPENAI_API_KEY": "sk-of-the-cluster"}
+    ray.init(
+        address="local", num_cpus=2, num_gpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False
+    )
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+    del os.environ["OPENAI_API_KEY"]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """600 rows in 30 shards."""
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in" / "a.parquet", NUM_ROWS)
+    return tmp_path / "in"
+
+
+def write(path: Path, count: int) -> None:
+    texts = [f"text {row} of {path.name}" for row in range(count)]
+    pq.write_table(pa.table({"id": [f"{path.name} {row}" for row in range(count)], "text": texts}), path)
+
+
+def test_a_job_is_calibrated_once_however_often_it_is_killed(source, tmp_path, address):
+    """SIGKILL after the calibration; the resume reads it, embeds no sample, and goes by its scale."""
+    actors = tmp_path / "actors"
+    model_args = {"dimension": DIMENSION, "env_file": str(actors), "delay_s": 0.05}
+    options = {"model": "custom:tests.models.HashModel", "id_column": "id", "shard_rows": 20, "output_dtype": "int8"}
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    out = tmp_path / "out"
+    first = subprocess.Popen(
+        [
+            *(sys.executable, str(ROOT / "jobs/embed.py"), "--source", str(source), "--output", str(out)),
+            *(*flags, "--model-args", json.dumps(model_args), "--address", address),
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_until(lambda: (out / CALIBRATION).exists() or first.poll() is not None)
+    first.kill()
+    first.wait()
+    calibration = (out / CALIBRATION).read_bytes()
+    before = len(actors.read_text().splitlines())
+    given = {"source": str(source), "output": str(out), "model_args": model_args, "progress": False, **options}
+    result = engine.run(**given)
+    assert result.num_rows + result.done_before_rows == NUM_ROWS
+    lines = [line.split() for line in actors.read_text().splitlines()]
+    assert len(lines) == before + 1  # that of the pool
+    assert {line[1] for line in lines} == {"0"}
+    assert (out / CALIBRATION).read_bytes() == calibration
+    for level in ("full", "sample"):
+        verdict = engine.verify(out, level)
+        assert verdict.ok, verdict.findings
+    scale = json.loads(calibration)["scale"]
+    rows = pads.dataset(out / "data").to_table()
+    names = [name.split() for name in rows["id"].to_pylist()]
+    wanted = np.stack([HashModel(DIMENSION).vector(f"text {row} of {file}") for file, row in names])
+    found = np.array(rows["embedding"].to_pylist()) * scale
+    assert np.abs(found - wanted).max() < scale * 0.51
+
+
+def test_the_sample_is_within_max_cost_and_in_what_is_said_of_it(source, tmp_path, monkeypatch):
+    """What the server was paid is what parts and calibration add up to, in every run; a stop does not wait for the sample."""
+    monkeypatch.setattr(
+        "engine.pipeline.budget.LOST_S", float("inf")
+    )  # for which an order is waited for that no shard is
+    out = tmp_path / "out"
+    with serving(dimension=DIMENSION) as server:
+        server.behave(rpm=None, tpm=None, latency_s=0.02, faults=[], key=None)
+        given = {
+            "source": str(source), "output": str(out), "model": "openai:text-embedding-3-small", "id_column": "id",
+            "base_url": server.url, "shard_rows": 50, "token_price": 1000.0, "dimensions": DIMENSION,
+            "output_dtype": "int8",
+        }  # fmt: skip
+        texts = engine.plan(**given).forecast.cost
+        first = engine.run(**given, progress=False, max_cost=texts)
+        assert "max-cost" in first.stopped  # the texts alone would have been within it
+        assert 0 < first.pending_rows < NUM_ROWS
+        assert first.provider.cost <= texts
+        sample = json.loads((out / CALIBRATION).read_bytes())["usage"]["cost"]
+        assert 0 < sample < texts / 5
+        assert server.stats()["tokens_paid"] / 1000 == pytest.approx(first.provider.cost)
+        second = engine.run(**given, progress=False, max_cost=texts + sample / 2)
+        assert second.stopped
+        status = engine.status(out)
+        assert status.provider.cost == pytest.approx(server.stats()["tokens_paid"] / 1000)
+        assert status.provider.cost <= texts + sample / 2
+        assert status.provider.num_requests == server.stats()["num_requests"]
+    assert engine.verify(out, "full").pending_rows == NUM_ROWS - status.num_rows
