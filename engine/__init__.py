@@ -36,7 +36,7 @@ from engine.errors import (
 from engine.version import __version__
 
 if TYPE_CHECKING:
-    from engine.faces import embed, plan, report, run, status, verify
+    from engine.faces import embed, export, plan, read, read_batches, report, run, status, verify
     from engine.models.base import BaseEmbeddingModel, Embeddings
     from engine.models.cohere import CohereEmbeddingModel
     from engine.models.openai import OpenAIEmbeddingModel
@@ -68,7 +68,10 @@ __all__ = [
     "Unavailable",
     "__version__",
     "embed",
+    "export",
     "plan",
+    "read",
+    "read_batches",
     "report",
     "run",
     "status",
@@ -77,7 +80,10 @@ __all__ = [
 
 _LAZY = {
     "embed": "engine.faces",
+    "export": "engine.faces",
     "plan": "engine.faces",
+    "read": "engine.faces",
+    "read_batches": "engine.faces",
     "report": "engine.faces",
     "run": "engine.faces",
     "status": "engine.faces",
