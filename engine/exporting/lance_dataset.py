@@ -47,8 +47,7 @@ def export(snapshot: Snapshot, target: Path) -> tuple[int, int]:
         Refused: If another process is at it, or what is there is no export of this output.
         CorruptOutput: If a part is missing or damaged.
     """
-    change = _Change(snapshot, target)
-    if change.is_empty and not target.with_name(target.name + SUFFIX).exists():
+    if not target.with_name(target.name + SUFFIX).exists() and _Change(snapshot, target).is_empty:
         return 0, 0
     with staging(target) as stage:
         change = _Change(snapshot, target, is_begun=stage.progress().get("job") == snapshot.job_key)
@@ -145,19 +144,30 @@ class _Change:
     def _write(self, parts: Sequence[LivePart]) -> list[Any]:
         lance = _lance()
         where = str(self._target) if self._dataset is None else self._dataset
-        reader = pa.RecordBatchReader.from_batches(self._schema, self._rows(parts))
+        errors: list[EngineError] = []
+        reader = pa.RecordBatchReader.from_batches(self._schema, self._rows(parts, errors))
         mode = "create" if self._dataset is None else "append"
-        fragments = lance.fragment.write_fragments(reader, where, schema=self._schema, mode=mode)
+        try:
+            fragments = lance.fragment.write_fragments(reader, where, schema=self._schema, mode=mode)
+        except (OSError, ValueError, RuntimeError):
+            if errors:
+                raise errors[0] from None
+            raise
         num_rows, wanted = sum(fragment.physical_rows for fragment in fragments), sum(part.num_rows for part in parts)
         if num_rows != wanted:
             raise EngineError(f"Lance has written {num_rows:,} rows of {wanted:,}: run the same command again")
         return list(fragments)
 
-    def _rows(self, parts: Sequence[LivePart]) -> Iterator[pa.RecordBatch]:
-        for part in parts:
-            for batch in self._snapshot.only([part]).batches():
-                shard = pa.repeat(pa.scalar(part.shard_id), batch.num_rows)
-                yield pa.RecordBatch.from_arrays([*batch.columns, shard], schema=self._schema)
+    def _rows(self, parts: Sequence[LivePart], errors: list[EngineError]) -> Iterator[pa.RecordBatch]:
+        """Yield rows with their shards, and keep our error: Lance, which reads them, passes on an error of its own."""
+        try:
+            for part in parts:
+                for batch in self._snapshot.only([part]).batches():
+                    shard = pa.repeat(pa.scalar(part.shard_id), batch.num_rows)
+                    yield pa.RecordBatch.from_arrays([*batch.columns, shard], schema=self._schema)
+        except EngineError as error:
+            errors.append(error)
+            raise
 
     def _without_stale(self) -> tuple[list[int], list[Any]]:
         """Return which fragments have no row but those of other parts, and, of those with some, what they are without them."""
