@@ -25,6 +25,7 @@ from engine.errors import ConfigError, CorruptOutput, Refused
 from engine.exporting import faiss_index, lance_dataset, npy
 from engine.ledger import Ledger, part_name
 from engine.schema import EMBEDDING, SOURCE_ROW, Shard, Usage, vectors_type
+from engine.snapshot import Snapshot
 from engine.storage import LocalStorage
 from tests.builders import killed_at_each_call, make_job, make_shard
 from tests.kills import ROOT
@@ -214,8 +215,12 @@ def test_an_export_that_cannot_be_is_said(tmp_path, monkeypatch, to, options, me
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_part_that_is_missing_makes_no_shorter_export(tmp_path, form):
-    """An error, and no export under its name; when the part is there again, the same command ends well."""
+def test_a_part_that_is_missing_makes_no_shorter_export(tmp_path, monkeypatch, form):
+    """An error, and no export under its name; when the part is there again, the same command goes on where it was."""
+    monkeypatch.setattr(npy, "CHECKPOINT_BYTES", 1)
+    monkeypatch.setattr(lance_dataset, "GROUP_BYTES", 1)
+    monkeypatch.setattr(faiss_index, "CHECKPOINT_S", 0)
+    monkeypatch.setattr(faiss_index, "MAX_CHECKPOINT_SHARE", 0)
     made = Output(tmp_path, "a")
     ledger = Ledger(LocalStorage(str(made.out)))
     last = max(ledger.records(), key=lambda record: record.start)
@@ -226,8 +231,23 @@ def test_a_part_that_is_missing_makes_no_shorter_export(tmp_path, form):
     with pytest.raises(CorruptOutput, match="is missing"):
         engine.export(made.out, to)
     assert not to.exists() or form == "lance"
+    written = {path.name for path in to.glob("data/*")}
     part.write_bytes(data)
+    begun: list[int] = []
+    stored = Snapshot.stored
+
+    def spied(snapshot: Snapshot, columns: Any = None, *, from_row: int = 0) -> Any:
+        begun.append(from_row)
+        return stored(snapshot, columns, from_row=from_row)
+
+    monkeypatch.setattr(Snapshot, "stored", spied)
     engine.export(made.out, to)
+    if form == "lance":
+        assert len(begun) == 1
+        assert len(written) == 2
+        assert written < {path.name for path in to.glob("data/*")}
+    else:
+        assert begun == [last.start, 0]  # the vectors that were left, and the ids
     check(to, made.out)
 
 
@@ -317,8 +337,8 @@ def test_an_export_holds_a_batch_and_not_the_output(tmp_path):
         for number in range(num_parts):
             publish_large(ledger, make_shard(4096, start=4096 * number))
     script = """
-import engine, resource, sys
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+import engine, pathlib, re, sys
+peak = lambda: int(re.search("VmHWM: *\\s(.*) kB", pathlib.Path("/proc/self/status").read_text())[1]) // 1024
 engine.export("small", f"small.{sys.argv[1]}")
 before = peak()
 assert engine.export("large", f"large.{sys.argv[1]}").num_rows == 65536
