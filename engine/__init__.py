@@ -36,7 +36,7 @@ from engine.errors import (
 from engine.version import __version__
 
 if TYPE_CHECKING:
-    from engine.faces import embed, gc, plan, report, run, status, verify
+    from engine.faces import embed, export, gc, plan, read, read_batches, report, run, status, verify
     from engine.models.base import BaseEmbeddingModel, Embeddings
     from engine.models.cohere import CohereEmbeddingModel
     from engine.models.openai import OpenAIEmbeddingModel
@@ -68,8 +68,11 @@ __all__ = [
     "Unavailable",
     "__version__",
     "embed",
+    "export",
     "gc",
     "plan",
+    "read",
+    "read_batches",
     "report",
     "run",
     "status",
@@ -78,8 +81,11 @@ __all__ = [
 
 _LAZY = {
     "embed": "engine.faces",
+    "export": "engine.faces",
     "gc": "engine.faces",
     "plan": "engine.faces",
+    "read": "engine.faces",
+    "read_batches": "engine.faces",
     "report": "engine.faces",
     "run": "engine.faces",
     "status": "engine.faces",

@@ -23,10 +23,10 @@ from rich.logging import RichHandler
 from rich.text import Text
 from typer.exceptions import TyperException
 
-from engine import cli_gc, runner
+from engine import export_verb, gc_verb, runner
 from engine.config import load_config
 from engine.errors import ConfigError, EngineError, ProviderError
-from engine.options import given, job_options
+from engine.options import Debug, Json, Output, Verbose, given, job_options
 from engine.streams import without_core_notices
 from engine.terminal import show, show_verify
 from engine.version import __version__
@@ -43,13 +43,9 @@ VERIFICATION_FAILED = 6
 INTERRUPTED = 130
 """As shells have it: 128 and SIGINT."""
 
-Json = Annotated[bool, typer.Option("--json", help="print the result as one JSON object")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="log what happens")]
-Debug = Annotated[bool, typer.Option("--debug", help="log everything, and show tracebacks")]
 Config = Annotated[
     str | None, typer.Option("--config", metavar="FILE", help="a YAML file of the options; those given here win")
 ]
-Output = Annotated[str, typer.Argument(metavar="OUT", help="an output folder")]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -240,7 +236,8 @@ def _print(result: _Result, as_json: bool, show: Callable[[Console, _Result], No
         show(Console(highlight=False, soft_wrap=True), result)
 
 
-cli_gc.add_to(app, _reporting, lambda result, as_json: _print(result, as_json, show))
+export_verb.add_to(app, _reporting, _print)
+gc_verb.add_to(app, _reporting, lambda result, as_json: _print(result, as_json, show))
 
 
 def _exit_code_of(result: RunResult, job: JobConfig) -> int:

@@ -9,14 +9,19 @@ from engine.config import load_config
 from engine.inline import embed
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    import pyarrow as pa
+
+    from engine.exporting.story import ExportResult, Format
+    from engine.reading import Form
     from engine.reporting.projection import Projection
     from engine.reporting.story import ReportResult
     from engine.results import GcResult, PlanResult, RunResult, StatusResult, VerifyResult
     from engine.verification import Level
 
-__all__ = ["embed", "gc", "plan", "report", "run", "status", "verify"]
+__all__ = ["embed", "export", "gc", "plan", "read", "read_batches", "report", "run", "status", "verify"]
 
 
 def plan(*, config: str | Path | None = None, **options: Any) -> PlanResult:
@@ -85,6 +90,35 @@ def gc(output: str | Path, *, apply: bool = False, older_than_days: int = 1, inp
     from engine import garbage
 
     return garbage.gc(str(output), apply=apply, older_than_days=older_than_days, inputs_gone=inputs_gone)
+
+
+def read(
+    output: str | Path, columns: Sequence[str] | None = None, as_: Form = "arrow", *, mapped: str | Path | None = None
+) -> Any:
+    """Read what is committed as Arrow, pandas, polars, numpy or a Ray Dataset: see `engine.reading.read`."""
+    from engine import reading
+
+    return reading.read(str(output), columns, as_, mapped=mapped)
+
+
+def read_batches(output: str | Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Yield what is committed as record batches, in bounded memory: see `engine.reading.read_batches`."""
+    from engine import reading
+
+    return reading.read_batches(str(output), columns)
+
+
+def export(
+    output: str | Path,
+    to: str | Path,
+    *,
+    format: Format | None = None,  # noqa: A002 - the flag's name
+    index: str | None = None,
+) -> ExportResult:
+    """Make one .npy, .faiss or .lance of an output's vectors: see `engine.exporting.story.export`. Needs the extra `export`."""
+    from engine.exporting import story
+
+    return story.export(str(output), to, format=format, index=index)
 
 
 def _text(path: str | Path | None) -> str | None:

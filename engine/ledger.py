@@ -142,6 +142,10 @@ class Ledger:
         """Return the ids of all committed shards: one listing, no file is opened."""
         return {name[:-5] for name in self.storage.names(COMMITS) if name.endswith(".json")}
 
+    def live(self) -> set[str]:
+        """Return the ids of the shards that the output consists of as it stands: readers go by it."""
+        return self.committed()
+
     def parts(self) -> dict[str, int]:
         """Return the size in bytes of each part, by shard id."""
         found = self.storage.sizes(DATA)

@@ -15,6 +15,11 @@ from engine.errors import ConfigError
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
+Json = Annotated[bool, typer.Option("--json", help="print the result as one JSON object")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="log what happens")]
+Debug = Annotated[bool, typer.Option("--debug", help="log everything, and show tracebacks")]
+Output = Annotated[str, typer.Argument(metavar="OUT", help="an output folder")]
+
 FIRST = ("source", "output", "model")
 PANELS = {
     "job": "The job",

@@ -1,0 +1,203 @@
+"""An output opens as it is, without our code, in what people use; and `engine.read` gives exactly what the records say."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import engine
+from engine.config import load_config
+from engine.errors import ConfigError, CorruptOutput
+from engine.ledger import part_name
+from engine.schema import EMBEDDING, SOURCE_ROW, Shard, Usage, vectors_type
+from engine.survey import survey
+from tests.builders import write_source
+from tests.kills import ROOT
+from tests.models import HashModel
+
+SNIPPET = re.compile(r"^### ([^\n]+)\n\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SNIPPETS = dict(SNIPPET.findall((ROOT / "docs/readers.md").read_text()))
+RAY = {name for name, text in SNIPPETS.items() if "Ray" in name}
+NEAREST = "b-17"
+LISTED = {
+    "pyarrow", "pandas", "polars", "DuckDB", "Hugging Face datasets", "Lance", "FAISS", "Ray Data",
+    "In memory, or mapped", "In batches", "As a Ray Dataset",
+}  # fmt: skip
+
+
+def vectors_for(texts: list[str], dimension: int = 8) -> np.ndarray:
+    """Return a hash model's vectors, of length 1."""
+    vectors = asyncio.run(HashModel(dimension).embed(texts)) - np.float32(0.5)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+class Output:
+    """
+    An output of two files or more, 50 rows each, made without Ray.
+
+    Args:
+        folder: Where its source and its output go.
+        files: The names of its files, a letter each.
+    """
+
+    def __init__(self, folder: Path, files: str = "ab") -> None:
+        self.source, self.out = folder / "in", folder / "out"
+        self.grow(files)
+
+    def grow(self, files: str) -> None:
+        """Add files to the source, and publish what is pending, as a run does."""
+        for name in files:
+            ids = [f"{name}-{row}" for row in range(50)]
+            write_source(self.source / f"{name}.parquet", {"id": ids, "text": [f"text {row}" for row in ids]})
+        asked = survey(
+            load_config(
+                source=str(self.source), output=str(self.out), model="custom:tests.models.HashModel", id_column="id",
+                shard_rows=20,
+            )
+        )  # fmt: skip
+        asked.ledger.claim(asked.job)
+        for shard in asked.standing.plan.pending:
+            self._publish(asked, shard)
+
+    def _publish(self, asked, shard: Shard) -> None:
+        rows = range(shard.start, shard.stop)
+        ids = [f"{shard.file.path[0]}-{row}" for row in rows]
+        vectors = vectors_for([f"text {row}" for row in ids])
+        embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=vectors_type(8))
+        table = pa.table({"id": ids, EMBEDDING: embedding, SOURCE_ROW: pa.array(rows, pa.int64())})
+        asked.ledger.publish(
+            table, shard=shard, fingerprint=asked.job.fingerprint, rejects=[], usage=Usage(created_at="now")
+        )
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory) -> Path:
+    return Output(tmp_path_factory.mktemp("readers")).out
+
+
+@pytest.fixture
+def folder(output, tmp_path, monkeypatch) -> Path:
+    """A folder to run snippets in, with the output in it as `out`."""
+    (tmp_path / "out").symlink_to(output)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def check(name: str) -> None:
+    names = {"query": vectors_for([f"text {NEAREST}"])[0] + np.float32(0.01)}
+    exec(SNIPPETS[name], names)
+    assert str(names["nearest"]) == NEAREST
+
+
+# As it is, and by the records: the snippets of docs/readers.md
+
+
+def test_the_page_has_all_readers():
+    """None of the tests below is of a snippet that the page has lost."""
+    assert set(SNIPPETS) == LISTED
+
+
+@pytest.mark.parametrize("name", sorted(LISTED - RAY))
+def test_the_nearest_row_is_found(folder, monkeypatch, name):
+    """By the snippet of the page as it stands, in pyarrow, pandas, polars, DuckDB, datasets, Lance and FAISS."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+    check(name)
+
+
+@pytest.mark.ray
+def test_the_nearest_row_is_found_by_ray(folder):
+    """Over the files as they are; and over exactly the committed parts, each row once, with a file beside them that is none."""
+    import ray
+
+    os.environ["PYTHONPATH"] = str(ROOT)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    try:
+        for name in sorted(RAY):
+            check(name)
+        rows = engine.read("out", as_="ray").take_all()
+        assert sorted(row["id"] for row in rows) == sorted(f"{name}-{row}" for name in "ab" for row in range(50))
+        assert set(rows[0]) == {"id", EMBEDDING, SOURCE_ROW}
+    finally:
+        ray.shutdown()
+
+
+# What is read, and what is not
+
+
+def test_rows_come_in_the_order_of_the_input_and_parts_without_a_record_do_not_come(output, tmp_path):
+    """Whatever the names of the parts are; in each form the same rows."""
+    shutil.copytree(output, tmp_path / "out")
+    loose = tmp_path / "out" / part_name("0" * 32)
+    shutil.copy(next((output / "data").iterdir()), loose)
+    table = engine.read(tmp_path / "out")
+    ids = [f"{name}-{row}" for name in "ab" for row in range(50)]
+    assert table["id"].to_pylist() == ids
+    assert table.schema.names == ["id", EMBEDDING, SOURCE_ROW]
+    expected = vectors_for([f"text {row}" for row in ids])
+    found, vectors = engine.read(tmp_path / "out", as_="numpy")
+    assert list(found) == ids
+    np.testing.assert_array_equal(vectors, expected)
+    for form in ("pandas", "polars"):
+        frame = engine.read(tmp_path / "out", [SOURCE_ROW, "id"], form)
+        assert list(frame.columns) == [SOURCE_ROW, "id"]
+        assert list(frame["id"]) == ids
+    batches = list(engine.read_batches(tmp_path / "out", ["id"]))
+    assert [row for batch in batches for row in batch["id"].to_pylist()] == ids
+
+
+def test_mapped_vectors_are_made_once_and_anew_when_the_output_has_grown(tmp_path):
+    """A `numpy.memmap` of an export, and the ids of its rows."""
+    made = Output(tmp_path, "b")
+    for files in ("b", "ab"):
+        made.grow("" if files == "b" else "a")
+        for _ in range(2):
+            ids, vectors = engine.read(made.out, as_="numpy", mapped=tmp_path / "vectors.npy")
+            assert isinstance(vectors, np.memmap)
+            assert list(ids) == [f"{name}-{row}" for name in files for row in range(50)]
+            np.testing.assert_array_equal(vectors, vectors_for([f"text {row}" for row in ids]))
+
+
+def test_a_part_that_is_missing_or_damaged_is_an_error(output, tmp_path):
+    """It names the part, and what to do; nothing is left out in silence."""
+    shutil.copytree(output, tmp_path / "out")
+    part = sorted((tmp_path / "out/data").iterdir())[2]
+    data = bytearray(part.read_bytes())
+    for damaged in (data[:60] + bytes([data[60] ^ 1]) + data[61:], data[:-20], b"", None):
+        part.unlink()
+        if damaged is not None:
+            part.write_bytes(damaged)
+        with pytest.raises(CorruptOutput, match=rf"{part.name}.*engine verify") as error:
+            engine.read(tmp_path / "out")
+        assert error.value.exit_code == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"columns": ["nothing"]}, "has no column 'nothing'; it has id, embedding, _source_row"),
+        ({"as_": "excel"}, "choose arrow, pandas, polars, numpy, ray"),
+        ({"as_": "numpy", "columns": ["id"]}, "leave columns out"),
+        ({"mapped": "x.npy"}, "for as_='numpy' alone"),
+    ],
+)
+def test_what_cannot_be_read_is_said(output, options, message):
+    """A column or a form that there is not."""
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        engine.read(output, **options)
+
+
+def test_an_output_that_is_not_there_or_has_nothing_yet_is_said(tmp_path):
+    """Neither is an empty table: its columns are not known."""
+    with pytest.raises(ConfigError, match="is not an output of the engine"):
+        engine.read(tmp_path)
+    made = Output(tmp_path, "a")
+    shutil.rmtree(made.out / "_engine/commits")
+    with pytest.raises(ConfigError, match="nothing is committed in"):
+        engine.read_batches(made.out)
