@@ -17,6 +17,8 @@ from engine.models.api.prices import MILLION, price_of
 from engine.planning import parcels
 from engine.provider_use import ProviderUse
 from engine.results import Finding, PlanResult, RunResult, StatusResult
+from engine.sources import in_memory
+from engine.sources.opening import is_staged_source
 from engine.survey import resurvey, survey
 from engine.tally import ASKED, Tally
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from engine.pipeline.stream import Stream
     from engine.results import VerifyResult
     from engine.schema import Shard
+    from engine.storage import Storage
     from engine.survey import Survey
     from engine.verification import Level
 
@@ -37,11 +40,17 @@ logger = logging.getLogger(__name__)
 OnEvent = Callable[[RunPlanned | PoolStarted | ShardDone], None]
 
 
-def plan(config: JobConfig) -> PlanResult:
-    """Say what a run would do. Writes nothing, loads no model, starts no Ray. For a provider's model it reads the pending texts."""
+def plan(config: JobConfig, inputs: Storage | None = None) -> PlanResult:
+    """
+    Say what a run would do. Writes nothing, loads no model, starts no Ray. For a provider's model it reads the pending texts.
+
+    Args:
+        config: Of the job.
+        inputs: Where a source in memory was copied to.
+    """
     from engine.forecast import forecast
 
-    asked = survey(config)
+    asked = survey(config, inputs)
     todo = asked.standing.plan
     return PlanResult(
         output=asked.ledger.root,
@@ -83,6 +92,8 @@ def run(config: JobConfig, on_event: OnEvent | None = None) -> RunResult:
     if asked.ledger.claim(asked.job) != asked.job:
         asked = survey(config)  # another driver was first, and its cuts hold
     storage = asked.ledger.storage
+    if is_staged_source(config.source):
+        in_memory.remember(storage, config.source)
     storage.collect_staging()
     if not asked.standing.plan.pending:
         tally.done_before_rows = asked.standing.plan.done_rows
@@ -112,6 +123,7 @@ def status(output: str) -> StatusResult:
         totals["rejects"] += record.num_rejects
         totals["tokens"] += record.usage.num_tokens
         totals["bytes"] += record.num_bytes
+        totals["repeated_ids"] += record.usage.num_repeated_ids
         reasons.update(record.reasons)
         totals.update({name: getattr(record.usage, name) for name in ASKED})
         if record.usage.cost is not None:
@@ -135,6 +147,7 @@ def status(output: str) -> StatusResult:
         pending_rows=standing.plan.pending_rows if standing else None,
         warnings=list(standing.warnings) if standing else [_untold(problem)],
         provider=ProviderUse(**{name: totals[name] for name in ASKED}, cost=cost) if totals["num_requests"] else None,
+        num_repeated_ids=totals["repeated_ids"],
     )
 
 
@@ -160,7 +173,7 @@ def verify(
     ledger, job, standing, problem = resurvey(output)
     result = verification.verify(ledger, job, standing, level=level, set_aside=set_aside, sample_rows=sample_rows)
     if isinstance(problem, SourceError):  # out of reach from here, perhaps: what is stored may be right all the same
-        result.warnings.append(_untold(problem))
+        result.warnings.insert(0, _untold(problem))
     elif problem is not None:
         result.findings.append(Finding("", problem.message, "until then the output cannot be told to be whole"))
     return result

@@ -12,11 +12,13 @@ from engine.ledger import Ledger
 from engine.models import registry
 from engine.planning import Plan, choose_shard_rows, make_plan
 from engine.schema import FORMAT_VERSION, Job, fingerprint_of, utc_now
+from engine.sources import in_memory
 from engine.sources.formats import read_shapes
 from engine.sources.inventory import Inventory, absolute, list_inputs
+from engine.sources.opening import is_staged_source
 from engine.sources.rows import Selection
 from engine.sources.shape import FileShape
-from engine.storage import open_storage
+from engine.storage import Storage, open_storage
 from engine.version import __version__
 
 
@@ -48,9 +50,13 @@ class Survey:
     """As it is stored, or as a first run would store it."""
 
 
-def survey(config: JobConfig) -> Survey:
+def survey(config: JobConfig, inputs: Storage | None = None) -> Survey:
     """
     List the inputs, cut them, and take away what is committed.
+
+    Args:
+        config: Of the job.
+        inputs: Where a source in memory is staged; in the output, unless that is not to be written.
 
     Raises:
         SourceError: An input is missing, unreadable or has other columns.
@@ -58,7 +64,10 @@ def survey(config: JobConfig) -> Survey:
         SourceChanged: A file is no longer what its committed rows were made from.
     """
     ledger = Ledger(open_storage(config.output))
-    inventory = list_inputs(config.source, outside=config.output)
+    if is_staged_source(config.source):
+        inventory = in_memory.listed(config.source, inputs or ledger.storage)
+    else:
+        inventory = list_inputs(config.source, outside=config.output)
     found = registry.pinned(config)
     pinned = config.model_copy(update={name: getattr(found, name) for name in ("model", "revision", "base_url")})
     identity = registry.identity(pinned)
@@ -102,7 +111,11 @@ def resurvey(output: str) -> tuple[Ledger, Job, Standing | None, EngineError | N
     ledger, job = opened(output)
     config = stored_config(job, output)
     try:
-        inventory = list_inputs(config.source)
+        if is_staged_source(config.source):
+            now = in_memory.current(ledger.storage)
+            inventory = in_memory.listed((now,) if now else config.source, ledger.storage)
+        else:
+            inventory = list_inputs(config.source)
         shapes = read_shapes(inventory.files, Selection.of(config))
         return ledger, job, _compare(ledger, job, inventory, shapes), None
     except (SourceError, Refused, CorruptOutput) as error:

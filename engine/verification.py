@@ -28,9 +28,12 @@ from engine.ledger import part_name, rejects_name
 from engine.models import registry
 from engine.models.base import lowest_cosine
 from engine.part import Part, vectors_of
+from engine.repeated_ids import RepeatedIds
 from engine.results import Finding, VerifyResult
 from engine.schema import EMBEDDING, PART_METADATA, SOURCE_ROW, TEXT, CommitRecord, InputFile, Shard
+from engine.sources import in_memory
 from engine.sources.formats import read_shards
+from engine.sources.opening import MEMORY
 from engine.sources.rows import Selection
 from engine.sources.texts import split, values_of
 from engine.survey import stored_config
@@ -84,6 +87,7 @@ def verify(
     check = _Check(ledger, job, standing, level)
     check.records(level)
     check.leftovers(level)
+    check.repeated_ids()
     lowest = check.sample(sample_rows) if level == "sample" else None
     moved = check.set_aside() if set_aside else []
     return VerifyResult(
@@ -114,6 +118,8 @@ class _Check:
         self._committed = sorted(ledger.committed())
         self._parts = ledger.parts()
         self._rejects = ledger.rejected()
+        self._has_ids = job.config.get("id_column") is not None
+        self._ids = RepeatedIds()
 
     def records(self, level: Level) -> None:
         """Look at every committed shard: its record, its part, its rejects; and that no row is in two shards."""
@@ -159,6 +165,11 @@ class _Check:
                 )
             )
 
+    def repeated_ids(self) -> None:
+        """Say which ids level `full` has seen more than once."""
+        with self._ids as found:
+            self.warnings += found.warnings()
+
     def set_aside(self) -> list[str]:
         """Move the files of bad shards away; return their new names."""
         bad = {finding.shard_id for finding in self.findings if finding.shard_id}
@@ -184,7 +195,7 @@ class _Check:
             for shard_id in chosen:
                 stored = self._ledger.part(shard_id)
                 picked = sorted(chance.sample(range(stored.table.num_rows), min(each, stored.table.num_rows)))
-                texts = _texts_of(stored, picked, self._job.base, selection)
+                texts = _texts_of(stored, picked, self._ledger.root, self._job.base, selection)
                 cosine = lowest_cosine(vectors_of(stored.table)[picked], loop.run(model.embed_rows(texts)).vectors)
                 lowest = min(lowest, cosine)
                 if cosine < LOWEST_COSINE[config.dtype]:
@@ -243,6 +254,8 @@ class _Check:
         except CorruptOutput as error:
             yield error.message
             return
+        if self._has_ids:
+            self._ids.add(shard_id, stored.table.column(0), np.asarray(stored.table.column(SOURCE_ROW)))
         if stored.record != record:
             yield f"the part {part_name(shard_id)} is not what its commit record says: its checksum or counts differ"
         if stored.rejects and self._ledger.storage.read(rejects_name(shard_id)) != stored.rejects_bytes():
@@ -255,10 +268,13 @@ class _Check:
         return self._standing is not None and shard_id not in self._standing.plan.unknown | self._standing.lost
 
 
-def _texts_of(stored: Part, picked: list[int], base: str, selection: Selection) -> list[str]:
+def _texts_of(stored: Part, picked: list[int], root: str, base: str, selection: Selection) -> list[str]:
     """Read the texts of some of a part's rows from its input."""
     record = stored.record
-    file = InputFile(record.path, str(Path(base, record.path)), record.size, record.version)
+    if base == MEMORY:
+        file = in_memory.file_of(root, record)
+    else:
+        file = InputFile(record.path, str(Path(base, record.path)), record.size, record.version)
     shard = Shard(record.shard_id, file, record.start, record.stop)
     wanted = np.asarray(stored.table.column(SOURCE_ROW))[picked] - record.start
     column = next(read_shards([shard], selection)).table.column(TEXT)

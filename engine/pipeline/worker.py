@@ -24,6 +24,7 @@ from engine.models.base import BaseEmbeddingModel, Embeddings, Vectors
 from engine.models.loop_thread import LoopThread
 from engine.pipeline.budget import Shared, join
 from engine.pipeline.parcel import Item, pack, unpack
+from engine.repeated_ids import num_repeated
 from engine.schema import EMBEDDING, SOURCE_ROW, Reject, Usage, utc_now, vectors_type
 from engine.sources import texts as text_checks
 from engine.sources.rows import Rows, Selection
@@ -122,6 +123,8 @@ class EmbedWorker:
             vectors = answer.vectors[first_vector : first_vector + len(kept)]
             before, after = (at / max(len(all_texts), 1) for at in (first_text, stop))
             counts = {name: _share(getattr(answer, name), before, after) for name in COUNTS}
+            rows = self._kept_columns(item)
+            survivors = rows if len(kept) == rows.num_rows else rows.take(pa.array(kept, pa.int64()))
             usage = Usage(
                 **counts,
                 cost=None if self._work.price is None else round(dollars(counts["num_tokens"], self._work.price), 9),
@@ -131,9 +134,8 @@ class EmbedWorker:
                 backend=getattr(self._model, "backend", ""),
                 slug=self._model.slug() if self._work.model.provider == registry.CUSTOM else "",
                 created_at=utc_now(),
+                num_repeated_ids=num_repeated(survivors.column(0)) if self._work.id_column else 0,
             )
-            rows = self._kept_columns(item)
-            survivors = rows if len(kept) == rows.num_rows else rows.take(pa.array(kept, pa.int64()))
             table = _with_vectors(survivors, vectors)
             embedded.append(Item(item.shard, table, rejects=_rejects(rows, reasons), usage=usage))
             first_text, first_vector = stop, first_vector + len(kept)

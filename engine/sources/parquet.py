@@ -30,18 +30,14 @@ def shape(file: InputFile, selection: Selection) -> FileShape:
         metadata, schema = parquet.metadata, parquet.schema_arrow
         for column in selection.columns:
             _check_column(file, schema, column)
-        text = schema.field(selection.text_column)
-        if not _is_text(text.type):
-            raise SourceError(
-                f"the column {text.name!r} of {file.location} is {text.type}, not text; "
-                "convert it, or name another with --text-column"
-            )
-        columns = [number for number in range(metadata.num_columns) if metadata.schema.column(number).path == text.name]
+        selection.check_types(schema, file.location)
+        texts = selection.text_columns
+        columns = [number for number in range(metadata.num_columns) if metadata.schema.column(number).path in texts]
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         return FileShape(
             file=file,
             row_groups=tuple(group.num_rows for group in groups),
-            text_bytes=sum(group.column(columns[0]).total_uncompressed_size for group in groups),
+            text_bytes=sum(group.column(number).total_uncompressed_size for group in groups for number in columns),
             kept_types=tuple((column, str(schema.field(column).type)) for column in selection.kept),
         )
 
@@ -119,11 +115,3 @@ def _check_column(file: InputFile, schema: pa.Schema, column: str) -> None:
         )
     if schema.names.count(column) > 1:
         raise SourceError(f"{file.location} has {schema.names.count(column)} columns named {column!r}; rename them")
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    raw = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_null)
-    return any(is_kind(kind) for is_kind in (*text, *raw))
