@@ -15,7 +15,8 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from engine.errors import ConfigError
 from engine.model_config import VECTORS, ModelConfig, deciding
-from engine.schema import EMBEDDING, SOURCE_ROW
+from engine.schema import EMBEDDING, FAULT, SOURCE_ROW, TEXT
+from engine.template import parse, unescaped
 
 _Config = TypeVar("_Config", bound=BaseModel)
 
@@ -34,6 +35,12 @@ class JobConfig(ModelConfig):
     text_column: str = Field("text", description="the column to embed", json_schema_extra=VECTORS)
     text_rows: Literal["line", "file"] = Field(
         "line", description="of plain text: whether a row is a line or a whole file", json_schema_extra=VECTORS
+    )
+    text_template: str | None = Field(
+        None,
+        description="makes the text of several columns, in place of --text-column: '{title}\\n\\n{body}'; \\n and \\t stand for a "
+        "new line and a tab, {{ and }} for braces, null is empty",
+        json_schema_extra=VECTORS,
     )
     id_column: str | None = Field(
         None, description="the column that names a row; by default an `id` of file and row is made"
@@ -91,6 +98,15 @@ class JobConfig(ModelConfig):
     def _path(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
 
+    @field_validator("text_template")
+    @classmethod
+    def _template(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        template = unescaped(value)
+        parse(template)
+        return template
+
     @field_validator("gpus_per_actor")
     @classmethod
     def _whole_above_one(cls, value: float | None) -> float | None:
@@ -100,11 +116,14 @@ class JobConfig(ModelConfig):
 
     @model_validator(mode="after")
     def _distinct_columns(self) -> JobConfig:
-        if self.id_column == self.text_column:
+        if self.text_template is not None and self.text_column != JobConfig.model_fields["text_column"].default:
+            raise ValueError("text_template makes the text, and text_column names it: give one of the two")
+        texts = (self.text_column,) if self.text_template is None else parse(self.text_template).columns
+        if texts == (self.id_column,):
             raise ValueError(
                 "id_column is the text column, and ids are written into records: name another, or leave it out"
             )
-        made = (EMBEDDING, SOURCE_ROW, "_manifest", *(() if self.id_column else ("id",)))
+        made = (EMBEDDING, SOURCE_ROW, TEXT, FAULT, "_manifest", *(() if self.id_column else ("id",)))
         columns = (*((self.id_column,) if self.id_column else ()), *self.keep)
         for column in columns:
             if column in made:
@@ -126,7 +145,9 @@ class JobConfig(ModelConfig):
 
     def settings(self, options: AbstractSet[str]) -> dict[str, Any]:
         """Return the settings that decide the vectors, of the job and of those in `options`, which the model goes by."""
-        return deciding(JobConfig, self, options)
+        decided = deciding(JobConfig, self, options)
+        del decided["text_template" if self.text_template is None else "text_column"]
+        return decided
 
 
 def load_config(path: str | None = None, /, **given: Any) -> JobConfig:

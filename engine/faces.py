@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 from engine import runner
 from engine.config import load_config
 from engine.inline import embed
+from engine.sources import in_memory
+from engine.sources.opening import MEMORY
+from engine.sources.rows import Selection
+from engine.sources.tables import is_in_memory, is_ray_dataset, tables_of
+from engine.storage import open_storage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -14,11 +20,13 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
+    from engine.config import JobConfig
     from engine.exporting.story import ExportResult, Format
     from engine.reading import Form
     from engine.reporting.projection import Projection
     from engine.reporting.story import ReportResult
     from engine.results import GcResult, PlanResult, RunResult, StatusResult, VerifyResult
+    from engine.storage import Storage
     from engine.verification import Level
 
 __all__ = ["embed", "export", "gc", "plan", "read", "read_batches", "report", "run", "status", "verify"]
@@ -30,9 +38,14 @@ def plan(*, config: str | Path | None = None, **options: Any) -> PlanResult:
 
     Args:
         config: A YAML file of options.
-        options: Fields of `engine.config.JobConfig`, such as `source`, `output` and `model`; they win over the file.
+        options: Fields of `engine.config.JobConfig`, such as `source`, `output` and `model`; they win over the file. A source may be a
+            table in memory, as for `run`: it is copied to a temporary folder for as long as the call takes.
     """
-    return runner.plan(load_config(_text(config), **options))
+    if not is_in_memory(options.get("source")):
+        return runner.plan(load_config(_text(config), **options))
+    with tempfile.TemporaryDirectory(prefix="engine-plan-") as folder:
+        inputs = open_storage(folder)
+        return runner.plan(_staged(_text(config), options, inputs), inputs)
 
 
 def run(*, config: str | Path | None = None, progress: bool = True, **options: Any) -> RunResult:
@@ -42,9 +55,15 @@ def run(*, config: str | Path | None = None, progress: bool = True, **options: A
     Args:
         config: A YAML file of options.
         progress: Show it: a live line on a terminal and in notebooks, plain lines elsewhere, on stderr.
-        options: Fields of `engine.config.JobConfig`, such as `source`, `output` and `model`; they win over the file.
+        options: Fields of `engine.config.JobConfig`, such as `source`, `output` and `model`; they win over the file. A source may also be a
+            list of texts or of dicts, a dict of columns, a DataFrame of pandas or polars, an Arrow table, a Dataset of Hugging Face or of
+            Ray: the columns that the job reads are copied into the output.
     """
-    job = load_config(_text(config), **options)
+    job = (
+        _staged(_text(config), options)
+        if is_in_memory(options.get("source"))
+        else load_config(_text(config), **options)
+    )
     if not progress:
         return runner.run(job)
     from rich.console import Console
@@ -119,6 +138,21 @@ def export(
     from engine.exporting import story
 
     return story.export(str(output), to, format=format, index=index)
+
+
+def _staged(config: str | None, options: dict[str, Any], inputs: Storage | None = None) -> JobConfig:
+    """Copy a source in memory to where it can be read from, and return the config of the job with its name."""
+    source = options["source"]
+    job = load_config(config, **options | {"source": MEMORY})
+    selection = Selection.of(job)
+    store = inputs or open_storage(job.output, is_single_writer=job.unsafe_single_writer)
+    if is_ray_dataset(source):
+        from engine.pipeline import ray_source
+
+        name = in_memory.stage(ray_source.tables_of(source, selection.columns), store, selection, is_ordered=False)
+    else:
+        name = in_memory.stage(tables_of(source, selection), store, selection)
+    return job.model_copy(update={"source": (name,)})
 
 
 def _text(path: str | Path | None) -> str | None:

@@ -33,10 +33,8 @@ from engine.history import RUNS
 from engine.ledger import COMMITS, DATA, REJECTS, SET_ASIDE, part_name, rejects_name
 from engine.object_storage import PROBES
 from engine.output_files import (
-    CURRENT,
     ENGINE,
     HELD,
-    INPUTS,
     REUSE,
     SUPERSEDED,
     WHOLE,
@@ -47,7 +45,9 @@ from engine.output_files import (
 from engine.results import Garbage, GcResult
 from engine.schema import canonical_json
 from engine.sources import indexes
+from engine.sources.in_memory import CURRENT
 from engine.sources.inventory import is_there
+from engine.sources.opening import INPUTS
 from engine.storage import STAGING
 from engine.survey import resurvey
 from engine.wording import count

@@ -9,14 +9,13 @@ from engine.lease import LEASE
 from engine.ledger import COMMITS, SET_ASIDE, part_name, record_name, rejects_name
 from engine.object_storage import PROBES
 from engine.sources.indexes import FOLDER as INDEX
+from engine.sources.opening import INPUTS
 from engine.storage import STAGING
 
 ENGINE = "_engine"
 HELD = "_engine/held"
 SUPERSEDED = "_engine/superseded"
 REUSE = "_engine/reuse"
-INPUTS = "_engine/inputs"
-CURRENT = f"{INPUTS}/current.json"
 WHOLE = (SET_ASIDE, STAGING, PROBES, SUPERSEDED, HELD, REUSE, INDEX, INPUTS)
 """Folders in which every file is the engine's."""
 _LEASE_NAME = re.compile(rf"{LEASE}/(\d{{8,}})\.(?:json|beat|end)")

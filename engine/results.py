@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.provider_use import Forecast, ProviderUse
 from engine.result import Result
-from engine.wording import count, duration, rejects, size
+from engine.wording import count, duration, rejects, repeated_ids, size
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,8 @@ class RunResult(Result):
     provider: ProviderUse | None = None
     """What a provider was asked; None for models that run here."""
     warnings: list[str] = field(default_factory=list)
+    num_repeated_ids: int = 0
+    """Rows of this run whose id another row of their shard has before them: they are kept."""
 
     def lines(self) -> dict[str, str]:
         """Say what a run did, and what is left."""
@@ -101,6 +103,8 @@ class RunResult(Result):
             tokens = f", {count(self.num_tokens, 'token')}" if self.num_tokens else ""
             lines["embedded"] = f"{count(self.num_rows, 'row')}{tokens} in {count(self.num_shards, 'shard')}"
             lines["rejected"] = rejects(self.num_rejects, self.reasons)
+            if self.num_repeated_ids:
+                lines["ids"] = repeated_ids(self.num_repeated_ids)
             lines["speed"] = (
                 f"{self.rows_per_s:,.1f} rows/s on {self.num_actors} x {self.device or 'custom model'}"
                 f"{f' with {self.backend}' if self.backend else ''}; "
@@ -144,6 +148,8 @@ class StatusResult(Result):
     """What a provider was asked in all runs; None for models that run here."""
     output_dtype: str = "float32"
     """What vectors are stored as."""
+    num_repeated_ids: int = 0
+    """Rows whose id another row of their shard has before them; `verify` at level full counts over all shards."""
 
     def lines(self) -> dict[str, str]:
         """Say where an output stands."""
@@ -155,6 +161,7 @@ class StatusResult(Result):
             "left": left,
             "embedded": f"{count(self.num_rows, 'row')} in {count(self.num_shards, 'shard')}",
             "rejected": rejects(self.num_rejects, self.reasons),
+            **({"ids": repeated_ids(self.num_repeated_ids)} if self.num_repeated_ids else {}),
             "vectors": f"{self.dimension} dimensions, {stored_as}{size(self.num_bytes)}",
             "took": f"{count(self.num_tokens, 'token')}, {duration(self.embed_s)} of model time",
             **(self.provider.lines() if self.provider else {}),

@@ -19,7 +19,8 @@ from engine.models.api.prices import MILLION, price_of
 from engine.planning import parcels
 from engine.provider_use import ProviderUse
 from engine.results import Finding, PlanResult, RunResult, StatusResult
-from engine.sources import indexes
+from engine.sources import in_memory, indexes
+from engine.sources.opening import is_staged_source
 from engine.survey import resurvey, survey
 from engine.tally import ASKED, Tally
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from engine.pipeline.resources import Resources
     from engine.pipeline.worker import Work
     from engine.results import VerifyResult
+    from engine.storage import Storage
     from engine.survey import Survey
     from engine.verification import Level
 
@@ -39,11 +41,17 @@ logger = logging.getLogger(__name__)
 OnEvent = Callable[[RunPlanned | PoolStarted | ShardDone], None]
 
 
-def plan(config: JobConfig) -> PlanResult:
-    """Say what a run would do. Writes nothing, loads no model, starts no Ray. For a provider's model it reads the pending texts."""
+def plan(config: JobConfig, inputs: Storage | None = None) -> PlanResult:
+    """
+    Say what a run would do. Writes nothing, loads no model, starts no Ray. For a provider's model it reads the pending texts.
+
+    Args:
+        config: Of the job.
+        inputs: Where a source in memory was copied to.
+    """
     from engine.forecast import forecast
 
-    asked = survey(config)
+    asked = survey(config, inputs)
     todo = asked.standing.plan
     return PlanResult(
         output=asked.ledger.root,
@@ -89,6 +97,8 @@ def run(config: JobConfig, on_event: OnEvent | None = None) -> RunResult:
         asked = survey(config)  # another driver was first, and its cuts hold
     storage = asked.ledger.storage
     indexes.save(storage, asked.found)
+    if is_staged_source(config.source):
+        in_memory.remember(storage, config.source)
     storage.collect_staging()
     if not asked.standing.plan.pending:
         tally.done_before_rows = asked.standing.plan.done_rows
@@ -118,6 +128,7 @@ def status(output: str) -> StatusResult:
         totals["rejects"] += record.num_rejects
         totals["tokens"] += record.usage.num_tokens
         totals["bytes"] += record.num_bytes
+        totals["repeated_ids"] += record.usage.num_repeated_ids
         reasons.update(record.reasons)
         totals.update({name: getattr(record.usage, name) for name in ASKED})
         if record.usage.cost is not None:
@@ -146,6 +157,7 @@ def status(output: str) -> StatusResult:
         warnings=list(standing.warnings) if standing else [_untold(problem)],
         provider=ProviderUse(**{name: totals[name] for name in ASKED}, cost=cost) if totals["num_requests"] else None,
         output_dtype=str(job.config.get("output_dtype", "float32")),
+        num_repeated_ids=totals["repeated_ids"],
     )
 
 
@@ -171,7 +183,7 @@ def verify(
     ledger, job, standing, problem = resurvey(output)
     result = verification.verify(ledger, job, standing, level=level, set_aside=set_aside, sample_rows=sample_rows)
     if isinstance(problem, SourceError):  # out of reach from here, perhaps: what is stored may be right all the same
-        result.warnings.append(_untold(problem))
+        result.warnings.insert(0, _untold(problem))
     elif problem is not None:
         result.findings.append(Finding("", problem.message, "until then the output cannot be told to be whole"))
     return result

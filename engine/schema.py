@@ -25,6 +25,8 @@ FORMAT_VERSION = 4
 EMBEDDING = "embedding"
 TEXT = "_text"
 """Between a reader and an actor: never in a part."""
+FAULT = "_fault"
+"""Of a table that was in memory: why a row of it is malformed. Never in a part."""
 SOURCE_ROW = "_source_row"
 MAX_REASONS = 20
 """That a record tells apart."""
@@ -133,6 +135,8 @@ class Usage:
     """Texts that were not sent, since others of the shard are the same."""
     num_long: int = 0
     """Texts that were cut, or embedded in chunks."""
+    num_repeated_ids: int = 0
+    """Rows whose id another row of the shard has before them."""
     cost: float | None = None
     """Dollars; None if nobody knows the price."""
     device: str = ""
@@ -233,6 +237,7 @@ class Receipt:
     num_long: int = 0
     cost: float | None = None
     """Dollars; None if nobody knows the price."""
+    num_repeated_ids: int = 0
 
     @classmethod
     def of(cls, record: CommitRecord, outcome: str) -> Receipt:
@@ -256,6 +261,7 @@ class Receipt:
             num_duplicates=record.usage.num_duplicates,
             num_long=record.usage.num_long,
             cost=record.usage.cost,
+            num_repeated_ids=record.usage.num_repeated_ids,
         )
 
     @classmethod

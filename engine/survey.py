@@ -11,12 +11,13 @@ from engine.ledger import Ledger
 from engine.models import registry
 from engine.planning import Plan, choose_shard_rows, make_plan
 from engine.schema import FORMAT_VERSION, InputFile, Job, fingerprint_of, utc_now
-from engine.sources import indexes
+from engine.sources import in_memory, indexes
 from engine.sources.formats import joined, new_shapes, scan
 from engine.sources.inventory import Inventory, absolute, is_there, list_inputs
+from engine.sources.opening import is_staged_source
 from engine.sources.rows import Selection
 from engine.sources.shape import FileShape
-from engine.storage import open_storage
+from engine.storage import Storage, open_storage
 from engine.version import __version__
 
 
@@ -52,9 +53,13 @@ class Survey:
     """Of files that had to be scanned: for the run to keep, once the output is its own."""
 
 
-def survey(config: JobConfig) -> Survey:
+def survey(config: JobConfig, inputs: Storage | None = None) -> Survey:
     """
     List the inputs, cut them, and take away what is committed.
+
+    Args:
+        config: Of the job.
+        inputs: Where a source in memory is staged; in the output, unless that is not to be written.
 
     Raises:
         SourceError: An input is missing, unreadable or has other columns.
@@ -62,7 +67,10 @@ def survey(config: JobConfig) -> Survey:
         SourceChanged: A file is no longer what its committed rows were made from.
     """
     ledger = Ledger(open_storage(config.output, is_single_writer=config.unsafe_single_writer))
-    inventory = list_inputs(config.source, outside=config.output)
+    if is_staged_source(config.source):
+        inventory = in_memory.listed(config.source, inputs or ledger.storage)
+    else:
+        inventory = list_inputs(config.source, outside=config.output)
     found = registry.pinned(config)
     pinned = config.model_copy(update={name: getattr(found, name) for name in ("model", "revision", "base_url")})
     identity = registry.identity(pinned)
@@ -108,7 +116,11 @@ def resurvey(output: str) -> tuple[Ledger, Job, Standing | None, EngineError | N
     ledger, job = opened(output)
     config = stored_config(job, output)
     try:
-        inventory = list_inputs(config.source)
+        if is_staged_source(config.source):
+            now = in_memory.current(ledger.storage)
+            inventory = in_memory.listed((now,) if now else config.source, ledger.storage)
+        else:
+            inventory = list_inputs(config.source)
         shapes, _ = _shapes(ledger, inventory, Selection.of(config, job.kept_types))
         return ledger, job, _compare(ledger, job, inventory, shapes), None
     except (SourceError, Refused, CorruptOutput) as error:

@@ -54,6 +54,8 @@ class Tally:
     """Of a provider: requests, refusals, retries, duplicates, long texts."""
     cost: float | None = None
     limits: Limits = field(default_factory=Limits)
+    num_repeated_ids: int = 0
+    """Rows whose id another row of their shard has before them."""
     shards_at_risk: int = 0
     """In flight at once, at most: what a crash would have lost."""
 
@@ -63,6 +65,7 @@ class Tally:
         self.num_rejects += receipt.num_rejects
         self.num_tokens += receipt.num_tokens
         self.num_shards += 1
+        self.num_repeated_ids += receipt.num_repeated_ids
         for reason, count in json.loads(receipt.reasons).items():
             is_known = reason in self.reasons or len(self.reasons) < MAX_REASONS
             self.reasons[reason if is_known else OTHER_REASONS] += count
@@ -131,6 +134,7 @@ class Tally:
             stopped=self.stopped,
             total_rejects=total_rejects,
             provider=self._provider_use(),
+            num_repeated_ids=self.num_repeated_ids,
             warnings=list(asked.standing.warnings),
         )
 

@@ -28,11 +28,13 @@ from engine.models import registry
 from engine.models.base import Vectors, lowest_cosine
 from engine.part import Part, format_of, vectors_of
 from engine.quantization import dequantize, quantize
+from engine.repeated_ids import RepeatedIds
 from engine.results import Finding, VerifyResult
 from engine.schema import EMBEDDING, PART_METADATA, SOURCE_ROW, START, TEXT, CommitRecord, InputFile, Shard
-from engine.sources import indexes
+from engine.sources import in_memory, indexes
 from engine.sources.formats import read_shards
 from engine.sources.inventory import location_of
+from engine.sources.opening import MEMORY
 from engine.sources.rows import Selection
 from engine.sources.texts import split, values_of
 from engine.survey import stored_config
@@ -88,6 +90,7 @@ def verify(
     check = _Check(ledger, job, standing, level)
     check.records(level)
     check.leftovers(level)
+    check.repeated_ids()
     lowest = check.sample(sample_rows) if level == "sample" else None
     moved = check.set_aside() if set_aside else []
     return VerifyResult(
@@ -118,6 +121,8 @@ class _Check:
         self._committed = sorted(ledger.committed())
         self._parts = ledger.parts()
         self._rejects = ledger.rejected()
+        self._has_ids = job.config.get("id_column") is not None
+        self._ids = RepeatedIds()
 
     def records(self, level: Level) -> None:
         """Look at every committed shard: its record, its part, its rejects; and that no row is in two shards."""
@@ -163,6 +168,11 @@ class _Check:
                 )
             )
 
+    def repeated_ids(self) -> None:
+        """Say which ids level `full` has seen more than once."""
+        with self._ids as found:
+            self.warnings += found.warnings()
+
     def set_aside(self) -> list[str]:
         """Move the files of bad shards away; return their new names."""
         bad = {finding.shard_id for finding in self.findings if finding.shard_id}
@@ -189,7 +199,7 @@ class _Check:
             for shard_id in chosen:
                 stored = self._ledger.part(shard_id)
                 picked = sorted(chance.sample(range(stored.table.num_rows), min(each, stored.table.num_rows)))
-                texts = _texts_of(stored, picked, self._job.base, selection, known)
+                texts = _texts_of(stored, picked, self._ledger.root, self._job.base, selection, known)
                 again = loop.run(model.embed_rows(texts)).vectors
                 cosine = _lowest_cosine(stored, picked, again)
                 lowest = min(lowest, cosine)
@@ -251,6 +261,8 @@ class _Check:
         except CorruptOutput as error:
             yield error.message
             return
+        if self._has_ids:
+            self._ids.add(shard_id, stored.table.column(0), np.asarray(stored.table.column(SOURCE_ROW)))
         if stored.record != record:
             yield f"the part {part_name(shard_id)} is not what its commit record says: its checksum or counts differ"
         if stored.rejects and self._ledger.storage.read(rejects_name(shard_id)) != stored.rejects_bytes():
@@ -272,10 +284,15 @@ def _lowest_cosine(stored: Part, picked: list[int], again: Vectors) -> float:
     return found if np.isfinite(found) else -1.0  # a vector that is nothing but zeros now
 
 
-def _texts_of(stored: Part, picked: list[int], base: str, selection: Selection, known: indexes.Known) -> list[str]:
+def _texts_of(
+    stored: Part, picked: list[int], root: str, base: str, selection: Selection, known: indexes.Known
+) -> list[str]:
     """Read the texts of some of a part's rows from its input."""
     record = stored.record
-    file = InputFile(record.path, location_of(base, record.path), record.size, record.version)
+    if base == MEMORY:
+        file = in_memory.file_of(root, record)
+    else:
+        file = InputFile(record.path, location_of(base, record.path), record.size, record.version)
     shape = indexes.find(known, file, ())
     place = next(shape.placed([(record.start, record.stop)]))[2] if shape else START
     shard = Shard(record.shard_id, file, record.start, record.stop, place)

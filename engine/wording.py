@@ -17,6 +17,11 @@ def rejects(number: int, reasons: Mapping[str, int]) -> str:
     return f"{count(number, 'row')}: " + ", ".join(f"{times:,} x {reason}" for reason, times in reasons.items())
 
 
+def repeated_ids(number: int) -> str:
+    """Return how many rows repeat an id of their shard."""
+    return f"{count(number, 'row')} repeat{'s' if number == 1 else ''} an id of the same shard, and {'is' if number == 1 else 'are'} kept"
+
+
 def size(num_bytes: float) -> str:
     """Return bytes as people say them: 512 bytes, 1.2 kB, 34 GB."""
     for unit in ("bytes", "kB", "MB", "GB"):

@@ -218,9 +218,11 @@ def test_every_option_is_described(field):
 
 
 def test_the_fingerprint_has_what_decides_vectors_and_nothing_else():
-    """Whoever adds an option has to say here which it is; the model and its revision are in by identity."""
+    """Whoever adds an option has to say here which it is; the model and its revision are in by identity, and a template in
+    place of the text column.
+    """
     assert load().settings(EVERY).keys() == DECIDES
-    assert JobConfig.model_fields.keys() - DECIDES - {"model", "revision"} == SPEED_AND_PLACE
+    assert JobConfig.model_fields.keys() - DECIDES - {"model", "revision", "text_template"} == SPEED_AND_PLACE
     of_job = {"text_column", "text_rows", "output_dtype"}
     assert validated(ModelConfig, {}).settings(EVERY).keys() == DECIDES - of_job
 

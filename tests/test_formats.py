@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -33,7 +34,7 @@ from engine.sources.inventory import list_inputs
 from engine.sources.records import Lines, Quoted, chunks
 from engine.sources.rows import Selection
 from engine.sources.shape import FileShape
-from engine.sources.texts import texts_in
+from engine.sources.texts import SURROGATE, texts_in
 from engine.storage import LocalStorage
 from engine.survey import survey
 from tests.builders import FINGERPRINT
@@ -108,7 +109,7 @@ def read(files: Path | InputFile, selection: Selection, shard_rows: int = 10**6,
     """Read a source through to texts: for each row its text or None, its kept values, and the reasons of what has no text."""
     inputs = [files] if isinstance(files, InputFile) else list_inputs([str(files)]).files
     shapes = read_shapes(inputs, selection)
-    selection = Selection(selection.text_column, selection.kept, dict(shapes[0].kept_types), selection.text_rows)
+    selection = replace(selection, kept_types=dict(shapes[0].kept_types))
     shards = [shard for shape in shapes for shard in shards_of(shape, shard_rows)][::every]
     texts: list[str | None] = []
     kept: list[list[Any]] = []
@@ -444,6 +445,33 @@ def test_a_folder_is_of_one_format(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(SourceError, match=r"\.parquet, \.pq, \.jsonl, \.ndjson, \.json, \.csv"):
         list_inputs([str(tmp_path / "none")])
+
+
+def test_a_template_gives_the_same_texts_from_every_format(tmp_path):
+    """Numbers and truth values as Python writes them, nothing for null or what is not there; what is nested is a reject."""
+    rows = [
+        {"id": "0", "title": "t", "year": 1999, "good": True},
+        {"id": "1", "title": None, "year": 2000, "good": False},
+        {"id": "2", "title": "ü", "year": None, "good": None},
+    ]
+    selection = Selection("text", ("id",), text_template="{title} ({year}) {good}")
+    expected = ["t (1999) True", " (2000) False", "ü () "]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    feather.write_feather(pa.Table.from_pylist(rows), tmp_path / "a.arrow")
+    write_bytes(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    write_bytes(tmp_path / "a.csv", b"id,title,year,good\n0,t,1999,True\n1,,2000,False\n2,\xc3\xbc,,\n")
+    for name in ("a.parquet", "a.arrow", "a.jsonl", "a.csv"):
+        file = list_inputs([str(tmp_path / name)]).files[0]
+        assert read(file, selection, 2) == (expected, [[row["id"]] for row in rows], {})
+    odd = [{"id": "0", "year": 0.5}, {"id": "1", "title": ["x"]}, {"id": "2", "title": "\ud800"}]
+    file = write_bytes(tmp_path / "b.jsonl", "".join(json.dumps(row) + "\n" for row in [*rows, *odd]).encode())
+    texts, _, reasons = read(file, selection)
+    assert texts == [*expected, " (0.5) ", None, None]
+    assert reasons == {4: "column 'title' is no text or number: list", 5: f"column 'title': {SURROGATE}"}
+    with pytest.raises(SourceError, match="has no column 'body'"):
+        read(file, replace(selection, text_template="{title}{body}"))
+    plain = write_bytes(tmp_path / "c.txt", b"a\nb\n")
+    assert read(plain, Selection("text", text_template="passage: {text}"))[0] == ["passage: a", "passage: b"]
 
 
 # Planning and reading in parts

@@ -23,10 +23,14 @@ from engine.buckets.bucket import Bucket
 from engine.buckets.place import place_of
 from engine.errors import SourceChanged, SourceError
 from engine.schema import TEXT, InputFile, Shard
+from engine.sources import in_memory
 from engine.sources.formats import read_shapes, read_shards
 from engine.sources.inventory import absolute, list_inputs
 from engine.sources.opening import open_input
 from engine.sources.rows import Selection
+from engine.sources.tables import tables_of
+from engine.sources.texts import texts_in
+from engine.storage import open_storage
 from tests.object_stores import BUCKET, Store, serving
 
 PATHS = (
@@ -319,3 +323,18 @@ def test_a_data_set_of_the_hub_is_a_source(tmp_path):
     assert [kind for kind, _ in said] == ["SourceChanged", "SourceError"]
     assert "HF_TOKEN" in said[1][1]
     assert "hf_canary" not in done.stdout + done.stderr
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_source_in_memory_is_copied_to_a_bucket_and_read_from_there(tmp_path):
+    """Its blocks are named by their content: no e-tag and no size of an object is asked of them."""
+    store = open_storage(f"s3://{BUCKET}/{tmp_path.name}/out")
+    selection = Selection("text", has_faults=True)
+    name = in_memory.stage(tables_of(["a b", "", "c d"], selection), store, selection)
+    files = in_memory.listed([name], store).files
+    assert [shape.num_rows for shape in read_shapes(files, selection)] == [3]
+    rows = next(read_shards([Shard.of("f", files[0], 0, 3)], selection))
+    assert texts_in(rows)[0] == ["a b", "c d"]
+    store.delete(files[0].location.removeprefix(f"{store.root}/"))
+    with pytest.raises(SourceError, match="cannot be read"):
+        next(read_shards([Shard.of("f", files[0], 0, 3)], selection))

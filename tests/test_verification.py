@@ -274,3 +274,13 @@ def test_a_resume_cuts_the_shards_of_the_first_run(tmp_path):
     other = survey(config.model_copy(update={"output": str(tmp_path / "other")}))
     assert other.job.shard_rows != first.job.shard_rows
     assert survey(config).job.shard_rows == first.job.shard_rows
+
+
+def test_ids_that_occur_more_than_once_are_told_and_are_no_problem(output):
+    """Level full counts them over all parts, in whichever files they are."""
+    assert not any("more than once" in warning for warning in engine.verify(output.out, "footers").warnings)
+    verdict = engine.verify(output.out, "full")
+    assert verdict.ok
+    told = [warning for warning in verdict.warnings if "more than once" in warning]
+    assert len(told) == 1  # both files have the ids 0 to 49, and one of them is a reject
+    assert told[0].startswith("49 ids occur more than once, in 98 rows, such as row ")

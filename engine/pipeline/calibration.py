@@ -126,14 +126,14 @@ class Calibrator(EmbedWorker):
             self._thread.submit(self._answer(texts)).result() if texts else Embeddings(np.empty((0, 0), np.float32))
         )
         if len(answer.vectors):
-            return _calibration("texts", answer.vectors, 1.0, self._usage(answer))
+            return _calibration("texts", answer.vectors, 1.0, self._usage_of(answer))
         probe = self._thread.submit(self._answer([PROBE])).result()
         if not len(probe.vectors):
             raise ProviderError(
                 f"the model {self._work.model.model} embeds neither a text of the sample nor a plain English sentence: mend the model or "
                 "its settings, then run the same command again"
             )
-        return _calibration("probe", probe.vectors, HEADROOM, self._usage(answer, probe))
+        return _calibration("probe", probe.vectors, HEADROOM, self._usage_of(answer, probe))
 
     def close(self) -> None:
         """Close the model."""
@@ -148,7 +148,7 @@ class Calibrator(EmbedWorker):
             texts += text_checks.texts_in(Rows(rows.table.take(pa.array(list(picked), pa.int64())), faults))[0]
         return texts
 
-    def _usage(self, *answers: Embeddings) -> Usage:
+    def _usage_of(self, *answers: Embeddings) -> Usage:
         counts = {name: sum(getattr(answer, name) for answer in answers) for name in COUNTS}
         price = self._work.price
         return Usage(**counts, cost=None if price is None else round(dollars(counts["num_tokens"], price), 9))

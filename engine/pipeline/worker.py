@@ -25,6 +25,7 @@ from engine.models.loop_thread import LoopThread
 from engine.pipeline.budget import Shared, join
 from engine.pipeline.parcel import Item, pack, unpack
 from engine.quantization import Stored, VectorFormat, quantize, to_arrow, usable
+from engine.repeated_ids import num_repeated
 from engine.schema import EMBEDDING, SOURCE_ROW, Reject, Usage, utc_now
 from engine.sources import texts as text_checks
 from engine.sources.rows import Rows, Selection
@@ -125,27 +126,34 @@ class EmbedWorker:
             kept = [position for number, position in enumerate(positions) if number not in failed]
             reasons |= {positions[number]: why for number, why in failed.items()}
             vectors = answer.vectors[first_vector : first_vector + len(kept)]
-            before, after = (at / max(len(all_texts), 1) for at in (first_text, stop))
-            counts = {name: _share(getattr(answer, name), before, after) for name in COUNTS}
-            usage = Usage(
-                **counts,
-                cost=None if self._work.price is None else round(dollars(counts["num_tokens"], self._work.price), 9),
-                embed_s=round(answer.held_s * (after - before), 6),
-                busy_s=round(answer.busy_s * (after - before), 6),
-                device=getattr(self._model, "device", ""),
-                backend=getattr(self._model, "backend", ""),
-                slug=self._model.slug() if self._work.model.provider == registry.CUSTOM else "",
-                created_at=utc_now(),
-            )
+            share = first_text / max(len(all_texts), 1), stop / max(len(all_texts), 1)
             first_text, first_vector = stop, first_vector + len(kept)
-            rows = self._kept_columns(item)
             stored, kind = self._stored(vectors)
             kept, stored, unfit = _fitting(kept, stored, kind)
-            reasons |= unfit
+            rows = self._kept_columns(item)
             survivors = rows if len(kept) == rows.num_rows else rows.take(pa.array(kept, pa.int64()))
-            table = _with_vectors(survivors, stored, kind)
-            embedded.append(Item(item.shard, table, rejects=_rejects(rows, reasons), usage=usage, vectors=kind))
+            rejects = _rejects(rows, reasons | unfit)
+            usage = self._usage(answer, share, survivors)
+            embedded.append(
+                Item(item.shard, _with_vectors(survivors, stored, kind), rejects=rejects, usage=usage, vectors=kind)
+            )
         return embedded
+
+    def _usage(self, answer: Embeddings, share: tuple[float, float], survivors: pa.Table) -> Usage:
+        """Return what a shard cost: its share of an answer, from where it begins to where it ends."""
+        counts = {name: _share(getattr(answer, name), *share) for name in COUNTS}
+        price = self._work.price
+        return Usage(
+            **counts,
+            cost=None if price is None else round(dollars(counts["num_tokens"], price), 9),
+            embed_s=round(answer.held_s * (share[1] - share[0]), 6),
+            busy_s=round(answer.busy_s * (share[1] - share[0]), 6),
+            device=getattr(self._model, "device", ""),
+            backend=getattr(self._model, "backend", ""),
+            slug=self._model.slug() if self._work.model.provider == registry.CUSTOM else "",
+            created_at=utc_now(),
+            num_repeated_ids=num_repeated(survivors.column(0)) if self._work.id_column else 0,
+        )
 
     def _left(self, item: Item) -> Item:
         rows = self._kept_columns(item).slice(0, 0)

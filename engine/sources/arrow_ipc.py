@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from engine.errors import SourceError
 from engine.schema import InputFile, Shard
-from engine.sources.columns import check_column, check_text
+from engine.sources.columns import check_column
 from engine.sources.opening import check_unchanged, open_input, readable
 from engine.sources.rows import Rows, Selection
 from engine.sources.shape import FileShape
@@ -44,13 +44,13 @@ def shape(file: InputFile, selection: Selection) -> FileShape:
         source = _Source(file, opened)
         for column in selection.columns:
             check_column(file, source.schema.names, column)
-        check_text(file, source.schema.field(selection.text_column))
+        selection.check_types(source.schema, file.location)
         filled = next((number for number, batch in enumerate(source.batches) if batch.num_rows), None)
         row_bytes = 0.0
         if filled is not None:
-            source.select([selection.text_column])
+            source.select(selection.text_columns)
             batch = source.batch(filled)
-            row_bytes = batch.column(0).nbytes / batch.num_rows
+            row_bytes = batch.nbytes / batch.num_rows
     num_rows = tuple(batch.num_rows for batch in source.batches)
     return FileShape(
         file=file,

@@ -58,15 +58,6 @@ def is_text(kind: pa.DataType) -> bool:
     return any(is_kind(kind) for is_kind in (*text, *raw))
 
 
-def check_text(file: InputFile, field: pa.Field) -> None:
-    """Raise SourceError if a column cannot hold texts."""
-    if not is_text(field.type):
-        raise SourceError(
-            f"the column {field.name!r} of {file.location} is {field.type}, not text; "
-            "convert it, or name another with --text-column"
-        )
-
-
 def type_of(values: Iterable[Any]) -> str:
     """Return the type that the values of a column have in common."""
     kinds = {type(value) for value in values}
@@ -126,6 +117,18 @@ def column_of(name: str, kind: str, values: list[Any]) -> tuple[pa.Array, dict[i
     if faults:
         values = [None if at in faults else value for at, value in enumerate(values)]
     return pa.array(values, ARROW_TYPES[kind]), faults
+
+
+def pieces_of(name: str, values: list[Any]) -> tuple[pa.Array, dict[int, str]]:
+    """Make a column for a template of what JSON gave: numbers and truth values as Python writes them; else as `column_of` does."""
+    texts = [str(value) if type(value) in (bool, int, float) else value for value in values]
+    faults = {
+        at: f"column {name!r} is no text or number: {type(value).__name__}"
+        for at, value in enumerate(texts)
+        if value is not None and type(value) is not str
+    }
+    found, more = column_of(name, STRING, [None if at in faults else value for at, value in enumerate(texts)])
+    return found, faults | more
 
 
 def _are_encodable(values: list[Any]) -> bool:

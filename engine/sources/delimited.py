@@ -103,7 +103,8 @@ def delimited(name: str, delimiter: str) -> LineFormat:
         text_bytes = all_bytes = 0
         for chunk in head if names else ():
             batch, _ = Parser(names or [], selection, delimiter)(chunk)
-            text_bytes += sum(len(text.encode()) for text in batch.column(0).to_pylist() if text)
+            texts = (text for name in selection.text_columns for text in batch.column(name).to_pylist())
+            text_bytes += sum(len(text.encode()) for text in texts if text)
             all_bytes += int((chunk.ends - chunk.starts).sum())
         return Look(dict.fromkeys(selection.columns, STRING), text_bytes / all_bytes if all_bytes else 1.0)
 

@@ -11,8 +11,11 @@ from pathlib import Path
 from engine.errors import SourceError
 from engine.schema import InputFile
 from engine.sources.formats import SUFFIXES, is_input
-from engine.sources.opening import local_version
+from engine.sources.opening import MEMORY, local_version
 from engine.sources.remote import exists, is_remote, joined, list_remote, normalized
+
+SPLITS = "dataset_dict.json"
+"""What is in a folder that a DatasetDict was saved to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,8 @@ def list_inputs(sources: Sequence[str], *, outside: str | None = None) -> Invent
 
 def absolute(source: str) -> str:
     """Return a source as it is named from anywhere."""
+    if source.startswith(MEMORY):
+        return source
     if is_remote(source):
         return normalized(source) + "/" * source.endswith("/")
     return os.path.normpath(Path(source.removeprefix("file://")).expanduser().absolute())
@@ -96,6 +101,7 @@ def _expand(source: str) -> tuple[str, list[str]]:
         )
     path = absolute(source)
     if Path(path).is_dir():
+        _refuse_splits(path, source)
         paths = sorted(_below(path))
         if not paths:
             raise SourceError(f"the folder {source!r} holds no files of a known format ({', '.join(SUFFIXES)})")
@@ -110,6 +116,17 @@ def _expand(source: str) -> tuple[str, list[str]]:
     steps = Path(path).parts
     fixed = next(number for number, step in enumerate(steps) if glob.has_magic(step))
     return str(Path(*steps[:fixed])), paths
+
+
+def _refuse_splits(folder: str, source: str) -> None:
+    """Refuse what a DatasetDict of Hugging Face was saved to: its splits are several sources, not one."""
+    if not Path(folder, SPLITS).is_file():
+        return
+    splits = sorted(path.parent.name for path in Path(folder).glob("*/state.json"))
+    raise SourceError(
+        f"the folder {source!r} holds a Hugging Face DatasetDict of several splits ({', '.join(splits)}): name one, "
+        f"such as {source.rstrip('/')}/{splits[0] if splits else 'train'}, or several with --source for each"
+    )
 
 
 def _below(folder: str) -> Iterator[str]:

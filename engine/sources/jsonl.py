@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from engine.errors import SourceError
 from engine.schema import InputFile
-from engine.sources.columns import ARROW_TYPES, JSON, MISSING, STRING, check_column, column_of, type_of
+from engine.sources.columns import ARROW_TYPES, JSON, MISSING, STRING, check_column, column_of, pieces_of, type_of
 from engine.sources.lines import LineFormat, Look, head
 from engine.sources.records import Chunk, Lines
 from engine.sources.rows import Selection
@@ -38,8 +38,9 @@ class Parser:
     """
 
     def __init__(self, selection: Selection, types: dict[str, str]) -> None:
-        self._text = selection.text_column
-        self._types = {name: types[name] for name in selection.columns if name != self._text}
+        self._text = selection.text_column if selection.text_template is None else None
+        self._pieces = [name for name in selection.text_columns if name not in (self._text, *selection.kept)]
+        self._types = {name: types[name] for name in selection.kept if name != self._text}
         self._names = selection.columns
         self._is_exact = not {"int64", "double", JSON}.isdisjoint(self._types.values())
 
@@ -47,17 +48,10 @@ class Parser:
         """Return the columns of the selection, and why each malformed line is null in them, by position."""
         faults = dict(chunk.faults)
         records = _records(chunk, faults, is_exact=self._is_exact)
-        texts: list[str | None] = []
-        for at, record in enumerate(records):
-            text = record.get(self._text, _ABSENT)
-            if text is not None and type(text) is not str:
-                if at not in faults:
-                    faults[at] = (
-                        f"no {self._text!r} in it" if text is _ABSENT else f"not a string: {type(text).__name__}"
-                    )
-                text = None
-            texts.append(text)
-        columns = {self._text: _texts(texts, faults)}
+        columns = {} if self._text is None else {self._text: _texts(records, self._text, faults)}
+        for name in self._pieces:
+            columns[name], found = pieces_of(name, [record.get(name) for record in records])
+            faults = found | faults
         for name, kind in self._types.items():
             values = [record.get(name) for record in records]
             columns[name], found = column_of(name, kind, values)
@@ -87,17 +81,21 @@ def look(file: InputFile, first: Sequence[Chunk], selection: Selection) -> Look:
         all_bytes += int((chunk.ends - chunk.starts).sum())
     if names:
         shown = ", ".join(list(names)[:SHOWN_COLUMNS])
-        check_column(file, list(names), selection.text_column, shown=shown)
-    text_bytes = sum(len(text.encode(errors="replace")) for text in values[selection.text_column] if type(text) is str)
+        for name in selection.text_columns:
+            check_column(file, list(names), name, shown=shown)
+    texts = (text for name in selection.text_columns for text in values[name])
+    text_bytes = sum(len(text.encode(errors="replace")) for text in texts if type(text) is str)
     types = {name: type_of(found) if found else MISSING for name, found in values.items()}
-    types[selection.text_column] = STRING
+    if selection.text_template is None:
+        types[selection.text_column] = STRING
     return Look(types, text_bytes / all_bytes if all_bytes else 1.0)
 
 
 def parser(file: InputFile, selection: Selection) -> Parser:
     """Make the parser of a file; its columns have the types of the job, or else those that its first lines tell."""
-    types = {name: kind for name, kind in selection.kept_types.items() if name in selection.columns}
-    if not types.keys() >= {*selection.columns} - {selection.text_column}:
+    types = {name: kind for name, kind in selection.kept_types.items() if name in selection.kept}
+    typed = {*selection.kept} - ({selection.text_column} if selection.text_template is None else set())
+    if not types.keys() >= typed:
         types = look(file, head(JSONL, file), selection).types | types
     return Parser(selection, {name: kind if kind in ARROW_TYPES else STRING for name, kind in types.items()})
 
@@ -146,7 +144,19 @@ def _carefully(line: bytes) -> Any:
         return _Malformed(MALFORMED)
 
 
-def _texts(texts: list[str | None], faults: dict[int, str]) -> pa.Array:
+def _texts(records: Sequence[dict[str, Any]], name: str, faults: dict[int, str]) -> pa.Array:
+    texts: list[str | None] = []
+    for at, record in enumerate(records):
+        text = record.get(name, _ABSENT)
+        if text is not None and type(text) is not str:
+            if at not in faults:
+                faults[at] = f"no {name!r} in it" if text is _ABSENT else f"not a string: {type(text).__name__}"
+            text = None
+        texts.append(text)
+    return _strings(texts, faults)
+
+
+def _strings(texts: list[str | None], faults: dict[int, str]) -> pa.Array:
     try:
         return pa.array(texts, pa.string())
     except (UnicodeEncodeError, pa.ArrowException):

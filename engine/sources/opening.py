@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,14 +12,28 @@ from engine.errors import SourceError
 from engine.schema import InputFile
 from engine.sources import remote
 
+MEMORY = "memory:"
+"""What a source in memory is called, before the hash of its content: it lies in the output, block by block."""
+INPUTS = "_engine/inputs"
+"""Where in the output."""
 _ADVICE = "it is empty, truncated or damaged. Restore it or take it out of the source, then run again"
 
 
 def open_input(file: InputFile) -> pa.NativeFile:
     """Open an input for reading, with seek: as Arrow's readers take it, and io.BufferedReader too."""
     if remote.is_remote(file.location):
-        return pa.PythonFile(remote.open_remote(file), mode="r")
+        return pa.PythonFile(remote.open_remote(file, is_pinned=is_staged(file)), mode="r")
     return pa.OSFile(file.location)
+
+
+def is_staged_source(sources: Sequence[str]) -> bool:
+    """Say whether a job's source is one that was in memory."""
+    return any(source.startswith(MEMORY) for source in sources)
+
+
+def is_staged(file: InputFile) -> bool:
+    """Say whether an input is a block of a source that was in memory: named by the hash of its content, so never another."""
+    return file.location.endswith(f"/{INPUTS}/{file.version}.parquet")
 
 
 def local_version(mtime_ns: int) -> str:
@@ -36,12 +50,15 @@ def check_unchanged(file: InputFile) -> None:
         SourceChanged: If its size or its version is another.
     """
     if remote.is_remote(file.location):
-        remote.check_remote(file)
+        if not is_staged(file):
+            remote.check_remote(file)
         return
     try:
         status = Path(file.location).stat()
     except OSError as error:
         raise SourceError(f"the input {file.location} cannot be read: {error.strerror}") from None
+    if is_staged(file):
+        return
     if (status.st_size, local_version(status.st_mtime_ns)) != (file.size, file.version):
         raise remote.changed(file)
 

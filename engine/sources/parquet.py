@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine.schema import InputFile, Shard
-from engine.sources.columns import check_column, check_text
+from engine.sources.columns import check_column
 from engine.sources.opening import check_unchanged, open_input, readable
 from engine.sources.rows import Rows, Selection
 from engine.sources.shape import FileShape
@@ -30,14 +30,14 @@ def shape(file: InputFile, selection: Selection) -> FileShape:
         metadata, schema = parquet.metadata, parquet.schema_arrow
         for column in selection.columns:
             check_column(file, schema.names, column)
-        text = schema.field(selection.text_column)
-        check_text(file, text)
-        columns = [number for number in range(metadata.num_columns) if metadata.schema.column(number).path == text.name]
+        selection.check_types(schema, file.location)
+        texts = selection.text_columns
+        columns = [number for number in range(metadata.num_columns) if metadata.schema.column(number).path in texts]
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         return FileShape(
             file=file,
             row_groups=tuple(group.num_rows for group in groups),
-            text_bytes=sum(group.column(columns[0]).total_uncompressed_size for group in groups),
+            text_bytes=sum(group.column(number).total_uncompressed_size for group in groups for number in columns),
             kept_types=tuple((column, str(schema.field(column).type)) for column in selection.kept),
         )
 

@@ -83,13 +83,21 @@ def list_remote(
     return base, tuple(files)
 
 
-def open_remote(file: InputFile) -> Any:
-    """Open an input to read pieces of it; what was written over it since it was listed is not read, but raises SourceChanged."""
+def open_remote(file: InputFile, *, is_pinned: bool = False) -> Any:
+    """
+    Open an input to read pieces of it; what was written over it since it was listed is not read, but raises SourceChanged.
+
+    Args:
+        file: Its size and version are those of its object, unless it is pinned.
+        is_pinned: Its name says what it is, so that it can be no other.
+    """
     if hub.is_hub(file.location):
         return hub.open_file(file, lambda: changed(file))
     place = place_of(file.location)
     e_tag = "" if file.version.startswith(_NO_E_TAG) else file.version
-    found = Found(place.key, file.size, e_tag, 0.0)
+    found = Bucket(place).look(place.key) if is_pinned else Found(place.key, file.size, e_tag, 0.0)
+    if found is None:
+        raise FileNotFoundError(file.location)
     return RangedFile(Bucket(place), found, lambda: changed(file))
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from engine.errors import ConfigError
 from engine.schema import TEXT
-from engine.sources.rows import Rows
+
+if TYPE_CHECKING:
+    from engine.sources.rows import Rows
 
 NULL = "null"
 EMPTY = "empty text"
