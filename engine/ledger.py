@@ -204,7 +204,7 @@ class Ledger:
             CommitConflict: If a record is there that says something else.
         """
         name = part_name(shard.id)
-        check(table, shard=shard, rejects=rejects, name=name)
+        check(table, shard=shard, rejects=rejects, name=name, num_vectors=usage.num_vectors)
         data = encode(table, shard=shard, fingerprint=fingerprint, rejects=rejects, usage=usage)
         checked = decode(data, name)
         self._fix_vectors(checked.record)

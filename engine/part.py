@@ -15,10 +15,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from engine.errors import CorruptOutput
 from engine.schema import (
+    CHUNK_COLUMNS,
+    CHUNK_END,
+    CHUNK_INDEX,
+    CHUNK_START,
     EMBEDDING,
     PART_METADATA,
     SOURCE_ROW,
@@ -78,7 +83,7 @@ def encode(table: pa.Table, *, shard: Shard, fingerprint: str, rejects: Sequence
         table.schema,
         compression="zstd",
         # Vectors do not repeat: a dictionary of them costs time and saves nothing.
-        use_dictionary=[name for name in table.column_names if name not in (EMBEDDING, SOURCE_ROW)],
+        use_dictionary=[name for name in table.column_names if name not in (EMBEDDING, SOURCE_ROW, *CHUNK_COLUMNS[1:])],
         write_page_checksum=True,
         store_schema=True,
     ) as writer:
@@ -112,7 +117,7 @@ def decode(data: bytes, name: str) -> Part:
         fingerprint = about["fingerprint"]
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptOutput(f"the part {name} cannot be read back ({type(error).__name__})") from None
-    check(table, shard=shard, rejects=rejects, name=name)
+    check(table, shard=shard, rejects=rejects, name=name, num_vectors=usage.num_vectors)
     record = CommitRecord(
         shard_id=shard.id,
         fingerprint=fingerprint,
@@ -121,7 +126,7 @@ def decode(data: bytes, name: str) -> Part:
         version=file.version,
         start=shard.start,
         stop=shard.stop,
-        num_rows=table.num_rows,
+        num_rows=len(shard) - len(rejects),
         num_rejects=len(rejects),
         reasons=count_reasons(rejects),
         dimension=table.schema.field(EMBEDDING).type.list_size,
@@ -146,14 +151,25 @@ def _sealed(data: bytes) -> bytes:
     return data[:at] + content_hash(opened).encode() + data[at + len(_OPEN) :]
 
 
-def check(table: pa.Table, *, shard: Shard, rejects: Sequence[Reject], name: str) -> None:
+def check(table: pa.Table, *, shard: Shard, rejects: Sequence[Reject], name: str, num_vectors: int = 0) -> None:
     """
     Check that a table and its rejects are the rows of `shard`, each once and in order, with vectors that can be used.
+
+    Args:
+        table: Of the part.
+        shard: Whose rows it should have.
+        rejects: The rows that it should lack.
+        name: Of the part, for messages.
+        num_vectors: Rows of a table that has one for each chunk of a text, in order; 0 if each text has one.
 
     Raises:
         CorruptOutput: Says what is wrong.
     """
-    problem = _row_problem(table, shard, rejects) or _vector_problem(table)
+    if num_vectors:
+        problem = _chunk_problem(table, num_vectors) or _row_problem(_texts_alone(table), shard, rejects)
+    else:
+        problem = _row_problem(table, shard, rejects)
+    problem = problem or _vector_problem(table)
     if problem:
         raise CorruptOutput(f"the part {name} of rows {shard.start} to {shard.stop} of {shard.file.path}: {problem}")
 
@@ -177,6 +193,30 @@ def _row_problem(table: pa.Table, shard: Shard, rejects: Sequence[Reject]) -> st
     if not np.array_equal(every, np.arange(shard.start, shard.stop)):
         return "its rows and rejects are not the rows of its shard"
     return None
+
+
+def _chunk_problem(table: pa.Table, num_vectors: int) -> str | None:
+    """Say what is wrong with the order of chunks; whether each text is there is another question."""
+    if table.num_rows != num_vectors:
+        return f"it has {table.num_rows} rows instead of {num_vectors}"
+    kinds = {CHUNK_INDEX: pa.int32(), CHUNK_START: pa.int64(), CHUNK_END: pa.int64(), SOURCE_ROW: pa.int64()}
+    for name, kind in kinds.items():
+        if name not in table.column_names or table.schema.field(name).type != kind:
+            return f"it has no column {name} of {kind}"
+        if table.column(name).null_count:
+            return f"a {name} is missing"
+    index, start, end, row = (np.asarray(table.column(name)) for name in kinds)
+    is_next = np.concatenate([[False], np.diff(row) == 0])
+    if not np.array_equal(index, np.where(is_next, np.concatenate([[0], index[:-1] + 1]), 0)):
+        return f"its {CHUNK_INDEX} does not count the chunks of each row from 0"
+    if np.any(start < 0) or np.any(start >= end) or np.any(np.diff(start)[is_next[1:]] < 0):
+        return "its chunks are not in the order of their text"
+    return None
+
+
+def _texts_alone(table: pa.Table) -> pa.Table:
+    """Return the first chunk of each text."""
+    return table.filter(pc.equal(table.column(CHUNK_INDEX), 0))
 
 
 def _vector_problem(table: pa.Table) -> str | None:

@@ -90,6 +90,14 @@ class RunResult(Result):
     provider: ProviderUse | None = None
     """What a provider was asked; None for models that run here."""
     warnings: list[str] = field(default_factory=list)
+    num_vectors: int = 0
+    """More than `num_rows` if each chunk of a text has one."""
+    num_duplicates: int = 0
+    """Texts that did not go through the model, since others of their shard are the same."""
+    num_long: int = 0
+    """Texts that were cut, or embedded in chunks."""
+    num_lost_tokens: int = 0
+    """Of those that were cut."""
 
     def lines(self) -> dict[str, str]:
         """Say what a run did, and what is left."""
@@ -98,6 +106,8 @@ class RunResult(Result):
             tokens = f", {count(self.num_tokens, 'token')}" if self.num_tokens else ""
             lines["embedded"] = f"{count(self.num_rows, 'row')}{tokens} in {count(self.num_shards, 'shard')}"
             lines["rejected"] = rejects(self.num_rejects, self.reasons)
+            if self.provider is None:
+                lines |= texts_lines(self)
             lines["speed"] = (
                 f"{self.rows_per_s:,.1f} rows/s on {self.num_actors} x {self.device or 'custom model'}"
                 f"{f' with {self.backend}' if self.backend else ''}; "
@@ -113,6 +123,21 @@ class RunResult(Result):
         lines["left"] = count(self.pending_rows, "row") if self.pending_rows else "nothing"
         lines["output"] = f"{self.output}/data/*.parquet"
         return lines
+
+
+def texts_lines(result: RunResult | StatusResult) -> dict[str, str]:
+    """Say what became of texts in a model that runs here: the same ones, and those that are longer than it takes."""
+    said = []
+    if result.num_duplicates:
+        said.append(f"{count(result.num_duplicates, 'duplicate')} embedded with others")
+    if result.num_long:
+        how = "in chunks"
+        if result.num_vectors > result.num_rows:
+            how = f"in {count(result.num_vectors - result.num_rows + result.num_long, 'chunk')}"
+        elif result.num_lost_tokens:
+            how = f"cut, {count(result.num_lost_tokens, 'token')} lost"
+        said.append(f"{count(result.num_long, 'long text')} {how}")
+    return {"texts": "; ".join(said)} if said else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +164,11 @@ class StatusResult(Result):
     warnings: list[str] = field(default_factory=list)
     provider: ProviderUse | None = None
     """What a provider was asked in all runs; None for models that run here."""
+    num_vectors: int = 0
+    """More than `num_rows` if each chunk of a text has one."""
+    num_duplicates: int = 0
+    num_long: int = 0
+    num_lost_tokens: int = 0
 
     def lines(self) -> dict[str, str]:
         """Say where an output stands."""
@@ -149,6 +179,7 @@ class StatusResult(Result):
             "left": left,
             "embedded": f"{count(self.num_rows, 'row')} in {count(self.num_shards, 'shard')}",
             "rejected": rejects(self.num_rejects, self.reasons),
+            **({} if self.provider else texts_lines(self)),
             "vectors": f"{self.dimension} dimensions, {size(self.num_bytes)}",
             "took": f"{count(self.num_tokens, 'token')}, {duration(self.embed_s)} of model time",
             **(self.provider.lines() if self.provider else {}),

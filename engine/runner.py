@@ -111,6 +111,8 @@ def status(output: str) -> StatusResult:
         totals["rows"] += record.num_rows
         totals["rejects"] += record.num_rejects
         totals["tokens"] += record.usage.num_tokens
+        totals["lost"] += record.usage.num_lost_tokens
+        totals["vectors"] += record.num_vectors
         totals["bytes"] += record.num_bytes
         reasons.update(record.reasons)
         totals.update({name: getattr(record.usage, name) for name in ASKED})
@@ -135,6 +137,10 @@ def status(output: str) -> StatusResult:
         pending_rows=standing.plan.pending_rows if standing else None,
         warnings=list(standing.warnings) if standing else [_untold(problem)],
         provider=ProviderUse(**{name: totals[name] for name in ASKED}, cost=cost) if totals["num_requests"] else None,
+        num_vectors=totals["vectors"],
+        num_duplicates=totals["num_duplicates"],
+        num_long=totals["num_long"],
+        num_lost_tokens=totals["lost"],
     )
 
 

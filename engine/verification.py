@@ -29,7 +29,17 @@ from engine.models import registry
 from engine.models.base import lowest_cosine
 from engine.part import Part, vectors_of
 from engine.results import Finding, VerifyResult
-from engine.schema import EMBEDDING, PART_METADATA, SOURCE_ROW, TEXT, CommitRecord, InputFile, Shard
+from engine.schema import (
+    CHUNK_END,
+    CHUNK_START,
+    EMBEDDING,
+    PART_METADATA,
+    SOURCE_ROW,
+    TEXT,
+    CommitRecord,
+    InputFile,
+    Shard,
+)
 from engine.sources.formats import read_shards
 from engine.sources.rows import Selection
 from engine.sources.texts import split, values_of
@@ -180,6 +190,8 @@ class _Check:
         lowest = 1.0
         with asyncio.Runner() as loop:
             anywhere = config.of_model().model_copy(update={"device": "auto", "backend": "auto"})
+            if config.long_texts == "chunk-rows":  # chunks are looked at one by one, and fit as they are
+                anywhere = anywhere.model_copy(update={"long_texts": "truncate", "chunk_overlap": None})
             model = registry.build(registry.suited(anywhere, num_bytes=0))
             for shard_id in chosen:
                 stored = self._ledger.part(shard_id)
@@ -234,7 +246,7 @@ class _Check:
             yield f"the footer of {name} cannot be read ({type(error).__name__})"
             return
         stored = (about["fingerprint"], about["shard"]["id"], num_rows, len(about["rejects"]), dimension)
-        if stored != (record.fingerprint, record.shard_id, record.num_rows, record.num_rejects, record.dimension):
+        if stored != (record.fingerprint, record.shard_id, record.num_vectors, record.num_rejects, record.dimension):
             yield f"the footer of {name} does not say what its commit record says"
 
     def _content_problems(self, record: CommitRecord, shard_id: str) -> Iterator[str]:
@@ -256,10 +268,14 @@ class _Check:
 
 
 def _texts_of(stored: Part, picked: list[int], base: str, selection: Selection) -> list[str]:
-    """Read the texts of some of a part's rows from its input."""
+    """Read the texts of some of a part's rows from its input; of a part of chunks, theirs."""
     record = stored.record
     file = InputFile(record.path, str(Path(base, record.path)), record.size, record.version)
     shard = Shard(record.shard_id, file, record.start, record.stop)
     wanted = np.asarray(stored.table.column(SOURCE_ROW))[picked] - record.start
     column = next(read_shards([shard], selection)).table.column(TEXT)
-    return split(values_of(column.take(pa.array(wanted, pa.int64()))))[0]
+    texts = split(values_of(column.take(pa.array(wanted, pa.int64()))))[0]
+    if not record.usage.num_vectors:
+        return texts
+    starts, stops = (np.asarray(stored.table.column(name))[picked].tolist() for name in (CHUNK_START, CHUNK_END))
+    return [text[start:stop] for text, start, stop in zip(texts, starts, stops, strict=True)]

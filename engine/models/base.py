@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from engine.errors import ConfigError, InputRejected, ProviderError
 from engine.model_config import ModelConfig
+from engine.models.duplicates import Distinct
 
 if TYPE_CHECKING:
     from engine.models.api.budget import BudgetPort
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Vectors = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
 
 PROBE = "The quick brown fox jumps over the lazy dog."
 """A text that every model embeds. When one text fails alone, this one tells whether the text or the model is at fault."""
@@ -42,12 +44,40 @@ class Needs:
     """How many are enough; None for as many as there is room for."""
 
 
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Which vectors are whose, where a text has a vector for each of its chunks."""
+
+    counts: Ints
+    """Of vectors, for each text that is no reject: shape (texts less rejects,)."""
+    starts: Ints
+    stops: Ints
+    """Of each vector's chunk, in characters of its text: shape (vectors,)."""
+
+    @property
+    def firsts(self) -> Ints:
+        """Where each text's vectors begin, and where the last one's end: shape (texts less rejects + 1,)."""
+        return np.concatenate([[0], np.cumsum(self.counts)])
+
+    @property
+    def indices(self) -> Ints:
+        """The number of each vector's chunk in its text, from 0: shape (vectors,)."""
+        return np.arange(len(self.starts)) - np.repeat(self.firsts[:-1], self.counts)
+
+    def taken(self, texts: Ints) -> tuple[Chunks, Ints]:
+        """Return the chunks of some texts, by their numbers, and which vectors are theirs."""
+        counts = self.counts[texts]
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        rows = np.repeat(self.firsts[texts], counts) + within
+        return Chunks(counts, self.starts[rows], self.stops[rows]), rows
+
+
 @dataclass(slots=True)
 class Embeddings:
     """The answer to a list of texts."""
 
     vectors: Vectors
-    """Shape (texts less rejects, dimension), float32, in the order of the texts."""
+    """Shape (texts less rejects, dimension), float32, in the order of the texts; with `chunks`, shape (chunks, dimension)."""
     rejects: dict[int, str] = field(default_factory=dict)
     """The reason for each position among the texts that has no vector."""
     num_tokens: int = 0
@@ -65,9 +95,13 @@ class Embeddings:
     num_retries: int = 0
     """Of them, those that had failed before."""
     num_duplicates: int = 0
-    """Texts that were not sent, since others are the same."""
+    """Texts that did not go through the model, since others are the same."""
     num_long: int = 0
     """Texts that were cut, or embedded in chunks, since they are longer than the model takes."""
+    num_lost_tokens: int = 0
+    """Of texts that were cut: tokens that are not in their vectors; of very long texts an estimate."""
+    chunks: Chunks | None = None
+    """Of a model that gives each chunk of a text a vector of its own."""
 
 
 class BadAnswer(Exception):
@@ -168,7 +202,7 @@ class BaseEmbeddingModel(ABC):
 
     async def embed_rows(self, texts: Sequence[str]) -> Embeddings:
         """
-        Embed texts and check every vector; a text that fails alone is rejected, its neighbours are embedded.
+        Embed texts, those that are the same once, and check every vector; a text that fails alone is rejected.
 
         Args:
             texts: Neither empty nor blank.
@@ -176,6 +210,11 @@ class BaseEmbeddingModel(ABC):
         Raises:
             ProviderError: If the model fails whatever the text. Nothing is rejected then.
         """
+        distinct = Distinct.of(texts)
+        return distinct.spread(await self.embed_distinct(distinct.texts))
+
+    async def embed_distinct(self, texts: Sequence[str]) -> Embeddings:
+        """Embed texts of which no two are the same, as `embed_rows` says."""
         vectors: Vectors | None = None
         has_vector = np.zeros(len(texts), bool)
         rejects: dict[int, str] = {}
@@ -220,9 +259,13 @@ class BaseEmbeddingModel(ABC):
             await self._checked([PROBE])
         return self._dimension or 0
 
+    async def _raw(self, texts: list[str]) -> Any:
+        """Return the model's answer to texts that it takes as they are."""
+        return await self.embed(texts)
+
     async def _checked(self, texts: list[str]) -> Vectors:
         """Return the model's answer as an array, or raise `BadAnswer` if it is not one vector of one length for each text."""
-        answer = await self.embed(texts)
+        answer = await self._raw(texts)
         try:
             array = np.asarray(answer, dtype=np.float32)
         except (TypeError, ValueError):

@@ -28,6 +28,8 @@ PROBES = (
     "word " * 9000,
 )
 """What a tokenizer may treat in its own way: case, accents, spaces, scripts, special tokens, and more than it takes."""
+COUNTED_WINDOWS = 4
+"""Of what is cut off: so many times the characters that are tokenized anyway are counted, and the rest is estimated from all of these."""
 GIVEN = frozenset({"input_ids", "attention_mask", "modality", "prompt_length"})
 """Features that a padded batch has, or that only count where pooling leaves the prompt out."""
 CHARACTERS_PER_TOKEN = 6
@@ -47,13 +49,31 @@ class Tokens:
     """Shape (tokens,)."""
     starts: Ints
     """Shape (texts + 1,): where each text begins in `ids`."""
+    lost: Ints
+    """Shape (texts,): tokens of each text that were cut off."""
 
     @classmethod
-    def of(cls, lists: Sequence[Sequence[int]]) -> Tokens:
+    def of(cls, lists: Sequence[Sequence[int]], lost: Ints | None = None) -> Tokens:
         """Join a list of ids for each text."""
         starts = np.zeros(len(lists) + 1, np.int64)
         np.cumsum(np.fromiter(map(len, lists), np.int64, len(lists)), out=starts[1:])
-        return cls(np.fromiter(chain.from_iterable(lists), np.int32, int(starts[-1])), starts)
+        ids = np.fromiter(chain.from_iterable(lists), np.int32, int(starts[-1]))
+        return cls(ids, starts, np.zeros(len(lists), np.int64) if lost is None else lost)
+
+    def taken(self, positions: Ints) -> Tokens:
+        """Return the tokens of some texts."""
+        if len(positions) == len(self.lost):
+            return self
+        starts = self.starts[positions]
+        lengths = self.starts[positions + 1] - starts
+        ends = np.concatenate([[0], np.cumsum(lengths)])
+        at = np.arange(ends[-1]) + np.repeat(starts - ends[:-1], lengths)
+        return Tokens(self.ids[at], ends, self.lost[positions])
+
+    def followed_by(self, other: Tokens) -> Tokens:
+        """Return the tokens of these texts and of others behind them."""
+        starts = np.concatenate([self.starts, other.starts[1:] + self.starts[-1]])
+        return Tokens(np.concatenate([self.ids, other.ids]), starts, np.concatenate([self.lost, other.lost]))
 
     def lists(self) -> list[list[int]]:
         """Return the ids of each text, as `of` takes them."""
@@ -105,14 +125,28 @@ class Tokenizer:
             fast.enable_truncation(max_length, direction="left" if truncate_left else "right")
         can_cut = max_length is not None and not truncate_left and _splits_at_spaces(fast)
         self._enough = max_length * CHARACTERS_PER_TOKEN if can_cut and max_length else None
+        self._num_special = int(fast.num_special_tokens_to_add(False))
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens a text is cut to, special ones and the prompt's among them; None: not at all."""
+        return self._max_length
+
+    @property
+    def num_around(self) -> int:
+        """Tokens beside a text's own: special ones, and the prompt's."""
+        return self._num_special + (self._count([self._prompt])[0] if self._prompt else 0)
+
+    def bounds(self) -> Bounds:
+        """Return what says where the tokens of texts begin and end; it is built from a copy, which takes a moment."""
+        return Bounds(self._fast)
 
     @classmethod
     def of(cls, model: SentenceTransformer, prompt: str | None) -> Tokenizer | None:
         """Return the tokenizer of a model that is a plain transformer with modules behind it; None if it is anything else."""
         if not _is_plain(model):
             return None
-        if prompt is None and model.default_prompt_name is not None:
-            prompt = model.prompts.get(model.default_prompt_name)
+        prompt = _prompt_of(model, prompt)
         if prompt and any(not getattr(module, "include_prompt", True) for module in model):
             return None  # pooling leaves the prompt's tokens out, which takes more than ids and a mask
         features = [model.preprocess([text], prompt=prompt) for text in PROBES]
@@ -122,11 +156,11 @@ class Tokenizer:
         ):
             return None  # the model is given more than ids and a mask
         wanted = [one["input_ids"][0].tolist() for one in features]
-        own, limit = model.tokenizer, model.max_seq_length
+        own = model.tokenizer
         tokenizer = cls(
             own.backend_tokenizer,
-            max_length=limit if limit is not None and limit < 10**9 else None,  # transformers' "no limit" is 10^30
-            prompt=prompt or "",
+            max_length=_limit_of(model),
+            prompt=prompt,
             pad_id=own.pad_token_id or 0,
             pad_left=own.padding_side == "left",
             truncate_left=own.truncation_side == "left",
@@ -138,12 +172,42 @@ class Tokenizer:
             return None
         return tokenizer
 
+    @classmethod
+    def beside(cls, model: SentenceTransformer, prompt: str | None) -> Tokenizer | None:
+        """Return one that tells how many tokens the own `encode` of a model takes of a text; None if it has no such tokenizer."""
+        from tokenizers import Tokenizer as Fast
+
+        own = getattr(model, "tokenizer", None)
+        backend = getattr(own, "backend_tokenizer", own)
+        if not isinstance(backend, Fast):
+            return None
+        prompt, limit = _prompt_of(model, prompt), _limit_of(model)
+        tokenizer = cls(
+            Fast.from_str(backend.to_str()),  # the model goes on with its own
+            max_length=limit,
+            prompt=prompt,
+            pad_id=0,
+            pad_left=False,
+            truncate_left=getattr(own, "truncation_side", "right") == "left",
+        )
+        if limit is None:
+            return tokenizer  # no text is too long
+        wanted = [model.preprocess([text], prompt=prompt).get("input_ids") for text in PROBES]
+        known = [None if ids is None else ids.flatten().tolist() for ids in wanted]
+        return tokenizer if tokenizer(PROBES).lists() == known else None
+
     def __call__(self, texts: Sequence[str]) -> Tokens:
-        """Return the token ids of texts, special tokens among them, cut to the model's length."""
+        """
+        Return the token ids of texts, special tokens among them, cut to the model's length, and how many tokens that cost each.
+
+        What is cut off is counted exactly in texts of up to some 30 characters for each token that the model takes; of longer ones,
+        whose ends are not tokenized, the rest is estimated from what was.
+        """
         if self._prompt:
             texts = [self._prompt + text for text in texts]
-        beginnings = texts if self._enough is None else [_beginning(text, self._enough) for text in texts]
-        lists = [encoding.ids for encoding in self._fast.encode_batch_fast(beginnings)]
+        beginnings = list(texts) if self._enough is None else [_beginning(text, self._enough) for text in texts]
+        encodings = self._fast.encode_batch_fast(beginnings)
+        lists = [encoding.ids for encoding in encodings]
         if self._enough is not None and self._max_length is not None:
             short = [
                 at
@@ -152,8 +216,56 @@ class Tokenizer:
             ]
             whole = self._fast.encode_batch_fast([texts[at] for at in short]) if short else []
             for at, encoding in zip(short, whole, strict=True):
-                lists[at] = encoding.ids
-        return Tokens.of(lists)
+                lists[at], encodings[at], beginnings[at] = encoding.ids, encoding, texts[at]
+        return Tokens.of(lists, self._lost(texts, beginnings, encodings))
+
+    def _lost(self, texts: Sequence[str], beginnings: Sequence[str], encodings: Sequence[Any]) -> Ints:
+        """Return how many tokens of each text are not in its encoding, which is of its beginning."""
+        lost = np.zeros(len(texts), np.int64)
+        if self._max_length is None:
+            return lost
+        full = [at for at, encoding in enumerate(encodings) if len(encoding) >= self._max_length]
+        for at in full:
+            lost[at] = self._overflow(encodings[at])
+        rest = [at for at in full if len(beginnings[at]) < len(texts[at])]
+        if rest and self._enough is not None:
+            cuts = [len(beginnings[at]) for at in rest]
+            most = self._enough * COUNTED_WINDOWS
+            ends = [_beginning(texts[at][cut : cut + 2 * most], most) for at, cut in zip(rest, cuts, strict=True)]
+            for at, cut, end, num_tokens in zip(rest, cuts, ends, self._count(ends), strict=True):
+                lost[at] += num_tokens
+                seen = cut + len(end)
+                in_all = self._max_length - self._num_special + lost[at]
+                lost[at] += round((len(texts[at]) - seen) * in_all / seen)
+        return lost
+
+    def _count(self, texts: Sequence[str]) -> list[int]:
+        """Return the tokens of each text, without special ones."""
+        encodings = self._fast.encode_batch_fast(texts)
+        return [len(encoding) - self._num_special + self._overflow(encoding) for encoding in encodings]
+
+    def _overflow(self, encoding: Any) -> int:
+        """Return how many tokens truncation took off."""
+        return sum(len(part) - self._num_special for part in encoding.overflowing)
+
+
+class Bounds:
+    """
+    Says where the tokens of texts begin and end.
+
+    Args:
+        fast: A `tokenizers.Tokenizer`; a copy is made, that cuts nothing.
+    """
+
+    def __init__(self, fast: Any) -> None:
+        self._fast = type(fast).from_str(fast.to_str())
+        self._fast.no_padding()
+        self._fast.no_truncation()
+
+    def __call__(self, texts: Sequence[str]) -> list[Ints]:
+        """Return where the tokens of each text begin and end, in characters: shape (tokens, 2), without special tokens."""
+        encodings = self._fast.encode_batch(list(texts), add_special_tokens=False)
+        return [np.array(encoding.offsets, np.int64).reshape(-1, 2) for encoding in encodings]
 
 
 def _beginning(text: str, enough: int) -> str:
@@ -198,6 +310,19 @@ def _steps(part: Any, name: str) -> list[dict[str, Any]]:
     state = json.loads(part.__getstate__())
     steps: list[dict[str, Any]] = state[name] if state["type"] == "Sequence" else [state]
     return steps
+
+
+def _prompt_of(model: SentenceTransformer, prompt: str | None) -> str:
+    """Return what is put before each text: the model's own prompt, if none is asked for."""
+    if prompt is None and model.default_prompt_name is not None:
+        prompt = model.prompts.get(model.default_prompt_name)
+    return prompt or ""
+
+
+def _limit_of(model: SentenceTransformer) -> int | None:
+    """Return how many tokens a model takes; None for any number, as transformers' 10^30 means."""
+    limit = getattr(model, "max_seq_length", None)
+    return limit if limit is not None and limit < 10**9 else None
 
 
 def _is_plain(model: SentenceTransformer) -> bool:

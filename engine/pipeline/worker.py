@@ -20,11 +20,21 @@ from engine.errors import EngineError, ProviderError, Refused
 from engine.model_config import ModelConfig
 from engine.models import registry
 from engine.models.api.prices import dollars
-from engine.models.base import BaseEmbeddingModel, Embeddings, Vectors
+from engine.models.base import BaseEmbeddingModel, Chunks, Embeddings, Ints, Vectors
 from engine.models.loop_thread import LoopThread
 from engine.pipeline.budget import Shared, join
 from engine.pipeline.parcel import Item, pack, unpack
-from engine.schema import EMBEDDING, SOURCE_ROW, Reject, Usage, utc_now, vectors_type
+from engine.schema import (
+    CHUNK_END,
+    CHUNK_INDEX,
+    CHUNK_START,
+    EMBEDDING,
+    SOURCE_ROW,
+    Reject,
+    Usage,
+    utc_now,
+    vectors_type,
+)
 from engine.sources import texts as text_checks
 from engine.sources.rows import Rows, Selection
 
@@ -35,6 +45,7 @@ CLOSE_S = 2.0
 """For which an actor that ends waits for its model: what it has to close is connections and threads."""
 COUNTS = (
     "num_tokens", "num_padded_tokens", "num_requests", "num_refusals", "num_retries", "num_duplicates", "num_long",
+    "num_lost_tokens",
 )  # fmt: skip
 """Of an answer, that are divided among its shards."""
 
@@ -119,11 +130,21 @@ class EmbedWorker:
             failed = {at - first_text: why for at, why in answer.rejects.items() if first_text <= at < stop}
             kept = [position for number, position in enumerate(positions) if number not in failed]
             reasons |= {positions[number]: why for number, why in failed.items()}
-            vectors = answer.vectors[first_vector : first_vector + len(kept)]
+            stop_vector = first_vector + len(kept)
+            rows = self._kept_columns(item)
+            survivors = rows if len(kept) == rows.num_rows else rows.take(pa.array(kept, pa.int64()))
+            if answer.chunks is None:
+                table = _with_vectors(survivors, answer.vectors[first_vector:stop_vector])
+            else:
+                some = [text for number, text in enumerate(texts) if number not in failed]
+                table = self._with_chunks(
+                    survivors, some, answer.vectors, answer.chunks, np.arange(first_vector, stop_vector)
+                )
             before, after = (at / max(len(all_texts), 1) for at in (first_text, stop))
             counts = {name: _share(getattr(answer, name), before, after) for name in COUNTS}
             usage = Usage(
                 **counts,
+                num_vectors=0 if answer.chunks is None else table.num_rows,
                 cost=None if self._work.price is None else round(dollars(counts["num_tokens"], self._work.price), 9),
                 embed_s=round(answer.held_s * (after - before), 6),
                 busy_s=round(answer.busy_s * (after - before), 6),
@@ -132,16 +153,38 @@ class EmbedWorker:
                 slug=self._model.slug() if self._work.model.provider == registry.CUSTOM else "",
                 created_at=utc_now(),
             )
-            rows = self._kept_columns(item)
-            survivors = rows if len(kept) == rows.num_rows else rows.take(pa.array(kept, pa.int64()))
-            table = _with_vectors(survivors, vectors)
             embedded.append(Item(item.shard, table, rejects=_rejects(rows, reasons), usage=usage))
-            first_text, first_vector = stop, first_vector + len(kept)
+            first_text, first_vector = stop, stop_vector
         return embedded
 
     def _left(self, item: Item) -> Item:
         rows = self._kept_columns(item).slice(0, 0)
         return Item(item.shard, _with_vectors(rows, np.empty((0, 1), np.float32)), is_left=True)
+
+    def _with_chunks(
+        self, rows: pa.Table, texts: Sequence[str], vectors: Vectors, chunks: Chunks, taken: Ints
+    ) -> pa.Table:
+        """Put a row for each chunk of a text in place of the text's; a text column that is kept has the chunk's text then."""
+        chunks, of_vectors = chunks.taken(taken)
+        numbers = np.repeat(np.arange(len(texts)), chunks.counts)
+        kept = self._work.selection.kept
+        if (name := self._work.selection.text_column) in kept and len(numbers) > len(texts):
+            at, kind = rows.column_names.index(name), rows.schema.field(name).type
+            spans = zip(numbers.tolist(), chunks.starts.tolist(), chunks.stops.tolist(), strict=True)
+            of_chunks = pa.array([texts[number][start:stop] for number, start, stop in spans], pa.large_string())
+            if pa.types.is_dictionary(kind):
+                of_chunks = of_chunks.cast(kind.value_type).dictionary_encode()
+            rows = rows.drop_columns([name]).take(numbers).add_column(at, name, of_chunks.cast(kind))
+        else:
+            rows = rows.take(numbers)
+        columns = {
+            CHUNK_INDEX: pa.array(chunks.indices, pa.int32()),
+            CHUNK_START: pa.array(chunks.starts, pa.int64()),
+            CHUNK_END: pa.array(chunks.stops, pa.int64()),
+        }
+        for column, values in columns.items():
+            rows = rows.add_column(rows.num_columns - 1, column, values)
+        return _with_vectors(rows, vectors[of_vectors])
 
     async def _answer(self, texts: list[str]) -> Embeddings:
         """Embed texts; the dimension is known even if there are none."""
