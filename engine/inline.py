@@ -10,6 +10,7 @@ from engine.config import validated
 from engine.errors import ConfigError, EngineError
 from engine.model_config import ModelConfig
 from engine.models import registry
+from engine.models.embeddings import ONE_VECTOR
 from engine.models.loop_thread import LoopThread
 from engine.sources.texts import check_list, reject_reason
 
@@ -37,7 +38,7 @@ def embed(texts: Sequence[str], **options: Any) -> Vectors:
             raise EngineError(f"text {position} cannot be embedded: {reason}")
     config = registry.suited(validated(ModelConfig, options), sum(map(len, texts)))
     if config.long_texts == "chunk-rows":
-        raise ConfigError("long_texts: embed returns a vector for each text, and chunk-rows gives one for each chunk")
+        raise ConfigError(ONE_VECTOR)
     answer = _embed_aside(_resident(config.model_dump_json()), list(texts))
     if answer.rejects:
         position, reason = min(answer.rejects.items())

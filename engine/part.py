@@ -215,8 +215,8 @@ def _chunk_problem(table: pa.Table, num_vectors: int) -> str | None:
 
 
 def _texts_alone(table: pa.Table) -> pa.Table:
-    """Return the first chunk of each text."""
-    return table.filter(pc.equal(table.column(CHUNK_INDEX), 0))
+    """Return the source rows of the first chunks: each text's, once."""
+    return table.select([SOURCE_ROW]).filter(pc.equal(table.column(CHUNK_INDEX), 0))
 
 
 def _vector_problem(table: pa.Table) -> str | None:

@@ -87,11 +87,9 @@ class PackedEncoder(Encoder):
     def __call__(self, texts: Sequence[str], tokens: Tokens | None = None) -> Encoded:
         """Encode texts; only their tokens and their vectors are held as a whole."""
         tokens = self.tokenizer(texts) if tokens is None else tokens
-        encoded = Encoded(
-            np.empty((len(texts), 0), np.float32),
-            num_long=int(np.count_nonzero(tokens.lost)),
-            num_lost_tokens=int(tokens.lost.sum()),
-        )
+        encoded = Encoded(np.empty((len(texts), 0), np.float32))
+        encoded.lost = {at: int(tokens.lost[at]) for at in np.flatnonzero(tokens.lost).tolist()}
+        encoded.num_long, encoded.num_lost_tokens = len(encoded.lost), sum(encoded.lost.values())
         giants: list[Positions] = []
         with self.budget.trial(int(tokens.starts[-1])) as budgets:
             todo = self._packed(tokens, np.arange(len(texts)), budgets)

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from engine.errors import ConfigError, InputRejected
 from engine.model_config import LongTexts, ModelConfig
 from engine.models import model_files
-from engine.models.base import BaseEmbeddingModel, Embeddings, usable
+from engine.models.base import BaseEmbeddingModel, usable
+from engine.models.embeddings import ONE_VECTOR, Embeddings
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -44,7 +45,7 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
         normalize: Scale each vector to length 1, if the model does not.
         prompt: Put before every text.
         long_texts: What becomes of texts of more tokens than the model takes: truncate; chunk, which averages the vectors of overlapping
-            chunks by their tokens, and scales the mean to length 1; chunk-rows, which keeps each of them; or reject.
+            chunks by their tokens, and scales the mean to length 1 if their vectors have it; chunk-rows, which keeps each of them; or reject.
         chunk_overlap: Tokens that a chunk shares with the one before.
         revision: Branch, tag or commit on the Hub.
         trust_remote_code: Run code that comes with the model.
@@ -95,7 +96,7 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
         self._encoder = local.encoder(
             model, chosen, dtype=dtype, prompt=prompt, max_rows=model_batch_size, batch_tokens=batch_tokens
         )
-        self._long_texts = long_texts
+        self.long_texts = long_texts
         self._fitter = local.fitter(model, self._encoder, prompt=prompt, how=long_texts, overlap=chunk_overlap)
         self.device = self._encoder.device
         self.backend = self._encoder.backend_name
@@ -167,10 +168,8 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
             ConfigError: If each chunk of a text is to have a vector of its own; `embed_rows` returns those.
             InputRejected: If a text is longer than the model takes, and such are to be rejected.
         """
-        if self._long_texts == "chunk-rows":
-            raise ConfigError(
-                "long_texts: embed returns a vector for each text, and chunk-rows gives one for each chunk"
-            )
+        if self.long_texts == "chunk-rows":
+            raise ConfigError(ONE_VECTOR)
         if self._fitter is None:
             return await self._raw(texts)
         answer = await self.embed_rows(texts)
@@ -184,7 +183,7 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
             return await self._embed_pieces(texts)
         fitted = await asyncio.to_thread(self._fitter, texts)
         answer = await self._embed_pieces(fitted.pieces, fitted.tokens)
-        return fitted.joined(answer, pooled=self._long_texts != "chunk-rows")
+        return fitted.joined(answer, pooled=self.long_texts != "chunk-rows")
 
     async def _embed_pieces(self, texts: Sequence[str], tokens: Tokens | None = None) -> Embeddings:
         """Embed texts that need no cutting but the model's own: in one go, and only those again, one by one, that failed in it."""

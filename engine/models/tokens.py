@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+from engine.models.beginnings import beginning, splits_at_spaces
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -34,11 +35,6 @@ GIVEN = frozenset({"input_ids", "attention_mask", "modality", "prompt_length"})
 """Features that a padded batch has, or that only count where pooling leaves the prompt out."""
 CHARACTERS_PER_TOKEN = 6
 """Of a text's beginning, which is tokenized first when the text is long: English has 4 to 5 characters a token."""
-SPLITS_AT_SPACES = frozenset({"BertPreTokenizer", "Whitespace", "WhitespaceSplit"})
-LEAVES_SPACES = frozenset(
-    {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Strip", "StripAccents"}
-)
-"""Normalizers that neither take a space between two words away nor look past it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +58,7 @@ class Tokens:
 
     def taken(self, positions: Ints) -> Tokens:
         """Return the tokens of some texts."""
-        if len(positions) == len(self.lost):
+        if np.array_equal(positions, np.arange(len(self.lost))):
             return self
         starts = self.starts[positions]
         lengths = self.starts[positions + 1] - starts
@@ -123,7 +119,7 @@ class Tokenizer:
             fast.no_truncation()
         else:
             fast.enable_truncation(max_length, direction="left" if truncate_left else "right")
-        can_cut = max_length is not None and not truncate_left and _splits_at_spaces(fast)
+        can_cut = max_length is not None and not truncate_left and splits_at_spaces(fast)
         self._enough = max_length * CHARACTERS_PER_TOKEN if can_cut and max_length else None
         self._num_special = int(fast.num_special_tokens_to_add(False))
 
@@ -205,7 +201,7 @@ class Tokenizer:
         """
         if self._prompt:
             texts = [self._prompt + text for text in texts]
-        beginnings = list(texts) if self._enough is None else [_beginning(text, self._enough) for text in texts]
+        beginnings = list(texts) if self._enough is None else [beginning(text, self._enough) for text in texts]
         encodings = self._fast.encode_batch_fast(beginnings)
         lists = [encoding.ids for encoding in encodings]
         if self._enough is not None and self._max_length is not None:
@@ -231,12 +227,13 @@ class Tokenizer:
         if rest and self._enough is not None:
             cuts = [len(beginnings[at]) for at in rest]
             most = self._enough * COUNTED_WINDOWS
-            ends = [_beginning(texts[at][cut : cut + 2 * most], most) for at, cut in zip(rest, cuts, strict=True)]
+            ends = [beginning(texts[at][cut : cut + 2 * most], most) for at, cut in zip(rest, cuts, strict=True)]
             for at, cut, end, num_tokens in zip(rest, cuts, ends, self._count(ends), strict=True):
                 lost[at] += num_tokens
                 seen = cut + len(end)
                 in_all = self._max_length - self._num_special + lost[at]
-                lost[at] += round((len(texts[at]) - seen) * in_all / seen)
+                unseen = len(texts[at][seen:].rstrip())
+                lost[at] += round(unseen * in_all / seen)
         return lost
 
     def _count(self, texts: Sequence[str]) -> list[int]:
@@ -266,50 +263,6 @@ class Bounds:
         """Return where the tokens of each text begin and end, in characters: shape (tokens, 2), without special tokens."""
         encodings = self._fast.encode_batch(list(texts), add_special_tokens=False)
         return [np.array(encoding.offsets, np.int64).reshape(-1, 2) for encoding in encodings]
-
-
-def _beginning(text: str, enough: int) -> str:
-    """
-    Return a text up to the first space that follows a letter or digit after `enough` characters.
-
-    A tokenizer that splits at spaces makes the same tokens of it as of the text's beginning, so that of a text of a hundred
-    thousand characters, of which the model takes 256 tokens, a hundredth is tokenized.
-    """
-    if len(text) <= enough:
-        return text
-    at = text.find(" ", enough)
-    while at > 0 and not text[at - 1].isalnum():  # which, unlike other signs, no normalizer makes a space of
-        at = text.find(" ", at + 1)
-    return text if at < 0 else text[:at]
-
-
-def _splits_at_spaces(fast: Any) -> bool:
-    """Say whether no token can reach across a space."""
-    if fast.pre_tokenizer is None or any(
-        any(character.isspace() for character in token.content) for token in fast.get_added_tokens_decoder().values()
-    ):
-        return False
-    if not all(
-        step["type"] in LEAVES_SPACES
-        or (step["type"] == "Replace" and step["pattern"] == {"Regex": " {2,}"} and step["content"] in (" ", "▁"))
-        for step in _steps(fast.normalizer, "normalizers")
-    ):
-        return False
-    return any(
-        step["type"] in SPLITS_AT_SPACES
-        or (step["type"] == "ByteLevel" and step["use_regex"])
-        or (step["type"] == "Metaspace" and step["split"])
-        for step in _steps(fast.pre_tokenizer, "pretokenizers")[:1]  # later ones may find no spaces any more
-    )
-
-
-def _steps(part: Any, name: str) -> list[dict[str, Any]]:
-    """Return the settings of a normalizer or pre-tokenizer, one by one if it is several."""
-    if part is None:
-        return []
-    state = json.loads(part.__getstate__())
-    steps: list[dict[str, Any]] = state[name] if state["type"] == "Sequence" else [state]
-    return steps
 
 
 def _prompt_of(model: SentenceTransformer, prompt: str | None) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain, pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 
 from engine.errors import ConfigError
 from engine.model_config import LongTexts
-from engine.models.api.long_texts import OVERLAP, TOO_LONG, averaged
-from engine.models.base import Chunks, Embeddings, Ints, reason_of
+from engine.models.api.long_texts import OVERLAP, TOO_LONG
+from engine.models.base import PROBE, reason_of
+from engine.models.embeddings import Chunks, Embeddings, Ints, Vectors
 from engine.models.tokens import Bounds, Tokenizer, Tokens
 
 SPARE = 1 / 32
@@ -24,9 +25,15 @@ SEGMENT_CHARACTERS = 16_384
 SEGMENTS_AT_ONCE = 64
 """Of a long text, whose tokens are looked at: a million characters, however long the text is."""
 SPACES = (" ", "\n")
+WINDOWS_AT_ONCE = 1024
+"""That are tokenized together: what a tokenizer holds of them is a hundred times their token ids."""
+LENGTH_1 = 1e-2
+"""By which a vector of length 1 may be off, in bfloat16 too."""
 
 Span = tuple[int, int]
 """Where a window begins and ends in its text, in characters."""
+Piece = tuple[int, int, int]
+"""A text's number, and the span of its window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +48,13 @@ class Fitted:
     starts: Ints
     stops: Ints
     """Of each piece in its text, in characters."""
-    rejects: dict[int, str]
-    """The reason for each text of which nothing is embedded."""
     num_texts: int
-    num_long: int
     num_around: int
     """Tokens of a piece that are not its text's."""
+    long: Sequence[int] = ()
+    """Texts that are cut into windows."""
+    rejects: dict[int, str] = field(default_factory=dict)
+    """The reason for each text of which nothing is embedded."""
 
     def joined(self, answer: Embeddings, *, pooled: bool) -> Embeddings:
         """
@@ -56,7 +64,7 @@ class Fitted:
             answer: To the pieces.
             pooled: Average the vectors of a text by their tokens; or keep each, and say which are whose.
         """
-        if pooled and not self.num_long and not self.rejects:
+        if pooled and not self.long and not self.rejects:
             return answer
         rejects = self.rejects | {
             int(self.numbers[at]): why for at, why in sorted(answer.rejects.items(), reverse=True)
@@ -70,17 +78,30 @@ class Fitted:
         counts = np.bincount(self.numbers[kept], minlength=self.num_texts)
         counts = counts[counts > 0]
         chunks = Chunks(counts, self.starts[kept], self.stops[kept])
-        found = replace(answer, vectors=vectors, rejects=rejects, num_long=self.num_long)
+        lost = dict.fromkeys(self.long, 0)
+        for at, num_tokens in answer.lost.items():  # of a window that is too long and cannot be cut
+            lost[int(self.numbers[at])] = lost.get(int(self.numbers[at]), 0) + num_tokens
+        found = replace(answer, rejects=rejects, lost=lost, num_long=len(lost), num_lost_tokens=sum(lost.values()))
         if not pooled:
-            return replace(found, chunks=chunks)
-        firsts = chunks.firsts
-        if len(vectors) > len(counts):
-            weights = np.maximum(self.tokens.lengths[kept] - self.num_around, 1)
-            found.vectors = vectors[firsts[:-1]]
-            for number in np.flatnonzero(counts > 1).tolist():
-                part = slice(firsts[number], firsts[number + 1])
-                found.vectors[number] = averaged(list(vectors[part]), weights[part].tolist())
-        return found
+            return replace(found, vectors=vectors, chunks=chunks)
+        weights = np.maximum(self.tokens.lengths[kept] - self.num_around, 1)
+        return replace(found, vectors=_means(vectors, chunks, weights))
+
+
+def _means(vectors: Vectors, chunks: Chunks, weights: Ints) -> Vectors:
+    """Return the mean of each text's vectors by their tokens; scaled to length 1, if its vectors have that."""
+    firsts = chunks.firsts
+    if len(vectors) == len(chunks.counts):
+        return vectors
+    means = vectors[firsts[:-1]]
+    for number in np.flatnonzero(chunks.counts > 1).tolist():
+        some = slice(firsts[number], firsts[number + 1])
+        mean = np.average(vectors[some], axis=0, weights=weights[some])
+        norm = float(np.linalg.norm(mean))
+        if norm > 0 and np.allclose(np.linalg.norm(vectors[some], axis=1), 1, rtol=0, atol=LENGTH_1):
+            mean = mean / norm
+        means[number] = mean
+    return means
 
 
 class Fitter:
@@ -101,7 +122,6 @@ class Fitter:
 
     def __init__(self, tokenizer: Tokenizer, how: LongTexts, overlap: int | None) -> None:
         self._tokenizer = tokenizer
-        self._how = how
         self._limit = tokenizer.max_length
         self._bounds: Bounds | None = None
         self._around = tokenizer.num_around
@@ -129,10 +149,13 @@ class Fitter:
             return self._fitted(texts)
         except Exception:
             failed = {at: reason for at, text in enumerate(texts) if (reason := self._failure(text))}
+            if failed and self._failure(PROBE):
+                raise  # whatever the text
             good = np.array([at for at in range(len(texts)) if at not in failed], np.int64)
             fitted = self._fitted([texts[at] for at in good.tolist()])
             rejects = failed | {int(good[at]): reason for at, reason in fitted.rejects.items()}
-            return replace(fitted, numbers=good[fitted.numbers], rejects=rejects, num_texts=len(texts))
+            long = [int(good[at]) for at in fitted.long]
+            return replace(fitted, numbers=good[fitted.numbers], rejects=rejects, long=long, num_texts=len(texts))
 
     def _failure(self, text: str) -> str | None:
         try:
@@ -146,50 +169,54 @@ class Fitter:
         long = np.flatnonzero(tokens.lost).tolist()
         short = np.flatnonzero(tokens.lost == 0)
         lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-        starts = np.zeros(len(short), np.int64)
         fitted = Fitted(
             [texts[at] for at in short.tolist()] if long else texts,
             tokens.taken(short),
             short,
-            starts,
+            np.zeros(len(short), np.int64),
             lengths[short],
-            {},
-            len(texts),
-            len(long),
-            self._around,
+            num_texts=len(texts),
+            num_around=self._around,
         )
         if not long:
             return fitted
         if self._bounds is None:
-            reason = TOO_LONG.format(limit=self._limit)
-            return replace(fitted, rejects=dict.fromkeys(long, reason), num_long=0)
-        spans = [(at, span) for at in long for span in self._spans(texts[at], self._bounds)]
-        pieces = [texts[at][start:stop] for at, (start, stop) in spans]
-        some = np.array([(at, *span) for at, span in spans], np.int64)
+            return replace(fitted, rejects=dict.fromkeys(long, TOO_LONG.format(limit=self._limit)))
+        planned = [(at, *span) for at in long for span in self._windows(texts[at], self._bounds)]
+        some, of_some = self._that_fit(texts, planned)
+        numbers, starts, stops = np.array(some, np.int64).T
         return replace(
             fitted,
-            pieces=[*fitted.pieces, *pieces],
-            tokens=fitted.tokens.followed_by(self._tokenizer(pieces)),
-            numbers=np.concatenate([short, some[:, 0]]),
-            starts=np.concatenate([starts, some[:, 1]]),
-            stops=np.concatenate([fitted.stops, some[:, 2]]),
+            pieces=[*fitted.pieces, *(texts[at][start:stop] for at, start, stop in some)],
+            tokens=fitted.tokens.followed_by(of_some),
+            numbers=np.concatenate([fitted.numbers, numbers]),
+            starts=np.concatenate([fitted.starts, starts]),
+            stops=np.concatenate([fitted.stops, stops]),
+            long=long,
         )
 
-    def _spans(self, text: str, bounds: Bounds) -> list[Span]:
-        """Return the windows of a text, in order; of what is blank there is none."""
-        planned = [span for span in self._planned(text, _bounds_of(text, bounds)) if not text[slice(*span)].isspace()]
-        return list(chain.from_iterable(self._that_fit(text, planned))) or [(0, len(text))]
+    def _that_fit(self, texts: Sequence[str], planned: Sequence[Piece]) -> tuple[list[Piece], Tokens]:
+        """Return windows and their tokens, text by text and in order: halves of those that have too many tokens alone."""
+        found: list[Piece] = []
+        tokens = Tokens.of([])
+        todo = list(planned)
+        while todo:
+            some, todo = todo[:WINDOWS_AT_ONCE], todo[WINDOWS_AT_ONCE:]
+            of_some = self._tokenizer([texts[at][start:stop] for at, start, stop in some])
+            is_fit = np.array([stop - start < 2 for _, start, stop in some]) | (of_some.lost == 0)
+            found += [some[number] for number in np.flatnonzero(is_fit).tolist()]
+            tokens = tokens.followed_by(of_some.taken(np.flatnonzero(is_fit)))
+            for number in np.flatnonzero(~is_fit).tolist():
+                at, start, stop = some[number]
+                middle = (start + stop) // 2
+                todo += [(at, *span) for span in ((start, middle), (middle, stop)) if not _is_blank(texts[at], span)]
+        order = sorted(range(len(found)), key=found.__getitem__)
+        return [found[number] for number in order], tokens.taken(np.array(order, np.int64))
 
-    def _that_fit(self, text: str, spans: Sequence[Span]) -> Iterator[list[Span]]:
-        """Yield for each window what fits of it: it alone, or its halves, if it has too many tokens alone."""
-        lost = self._tokenizer([text[start:stop] for start, stop in spans]).lost
-        for (start, stop), num_lost in zip(spans, lost, strict=True):
-            middle = (start + stop) // 2
-            halves = [(start, middle), (middle, stop)]
-            if num_lost and start < middle:
-                yield [*chain.from_iterable(self._that_fit(text, halves))]
-            else:
-                yield [(start, stop)]
+    def _windows(self, text: str, bounds: Bounds) -> list[Span]:
+        """Return the windows of a text, in order; of what is blank there is none."""
+        planned = self._planned(text, _bounds_of(text, bounds))
+        return [span for span in planned if not _is_blank(text, span)] or [(0, len(text))]
 
     def _planned(self, text: str, bounds: Ints) -> list[Span]:
         """Return windows of so many tokens, one after another; the first begins with the text, and the last ends with it."""
@@ -214,6 +241,10 @@ class Fitter:
             if text[start].isspace() or text[start - 1].isspace():
                 return token
         return at
+
+
+def _is_blank(text: str, span: Span) -> bool:
+    return text[slice(*span)].isspace()
 
 
 def _bounds_of(text: str, bounds: Bounds) -> Ints:

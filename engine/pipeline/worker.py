@@ -20,7 +20,8 @@ from engine.errors import EngineError, ProviderError, Refused
 from engine.model_config import ModelConfig
 from engine.models import registry
 from engine.models.api.prices import dollars
-from engine.models.base import BaseEmbeddingModel, Chunks, Embeddings, Ints, Vectors
+from engine.models.base import BaseEmbeddingModel
+from engine.models.embeddings import Chunks, Embeddings, Ints, Vectors
 from engine.models.loop_thread import LoopThread
 from engine.pipeline.budget import Shared, join
 from engine.pipeline.parcel import Item, pack, unpack
@@ -142,6 +143,9 @@ class EmbedWorker:
                 )
             before, after = (at / max(len(all_texts), 1) for at in (first_text, stop))
             counts = {name: _share(getattr(answer, name), before, after) for name in COUNTS}
+            if answer.lost:  # text by text
+                lost = [num_tokens for at, num_tokens in answer.lost.items() if first_text <= at < stop]
+                counts |= {"num_long": len(lost), "num_lost_tokens": sum(lost)}
             usage = Usage(
                 **counts,
                 num_vectors=0 if answer.chunks is None else table.num_rows,
@@ -168,13 +172,12 @@ class EmbedWorker:
         chunks, of_vectors = chunks.taken(taken)
         numbers = np.repeat(np.arange(len(texts)), chunks.counts)
         kept = self._work.selection.kept
-        if (name := self._work.selection.text_column) in kept and len(numbers) > len(texts):
+        spans = list(zip(numbers.tolist(), chunks.starts.tolist(), chunks.stops.tolist(), strict=True))
+        is_cut = len(spans) > len(texts) or any(stop - start < len(texts[number]) for number, start, stop in spans)
+        if (name := self._work.selection.text_column) in kept and is_cut:
             at, kind = rows.column_names.index(name), rows.schema.field(name).type
-            spans = zip(numbers.tolist(), chunks.starts.tolist(), chunks.stops.tolist(), strict=True)
-            of_chunks = pa.array([texts[number][start:stop] for number, start, stop in spans], pa.large_string())
-            if pa.types.is_dictionary(kind):
-                of_chunks = of_chunks.cast(kind.value_type).dictionary_encode()
-            rows = rows.drop_columns([name]).take(numbers).add_column(at, name, of_chunks.cast(kind))
+            of_chunks = pa.array([texts[number][start:stop] for number, start, stop in spans], kind)
+            rows = rows.drop_columns([name]).take(numbers).add_column(at, name, of_chunks)
         else:
             rows = rows.take(numbers)
         columns = {

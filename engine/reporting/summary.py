@@ -145,7 +145,9 @@ def texts_of(facts: Facts) -> list[tuple[str, str]]:
     """Return what became of texts: name and number."""
     tally = facts.tally
     is_counted = tally.asked["num_long"] or tally.asked["num_requests"] or tally.backends - {"", "encode"}
-    said = [("longer than the model takes", grouped(tally.asked["num_long"]) if is_counted else "not counted by this model")]
+    said = [
+        ("longer than the model takes", grouped(tally.asked["num_long"]) if is_counted else "not counted by this model")
+    ]
     if tally.num_lost_tokens:
         said.append(("tokens that were cut off", grouped(tally.num_lost_tokens)))
     if tally.num_vectors > tally.num_rows:
