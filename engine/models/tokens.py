@@ -29,8 +29,6 @@ PROBES = (
     "word " * 9000,
 )
 """What a tokenizer may treat in its own way: case, accents, spaces, scripts, special tokens, and more than it takes."""
-COUNTED_WINDOWS = 4
-"""Of what is cut off: so many times the characters that are tokenized anyway are counted, and the rest is estimated from all of these."""
 GIVEN = frozenset({"input_ids", "attention_mask", "modality", "prompt_length"})
 """Features that a padded batch has, or that only count where pooling leaves the prompt out."""
 CHARACTERS_PER_TOKEN = 6
@@ -196,8 +194,8 @@ class Tokenizer:
         """
         Return the token ids of texts, special tokens among them, cut to the model's length, and how many tokens that cost each.
 
-        What is cut off is counted exactly in texts of up to some 30 characters for each token that the model takes; of longer ones,
-        whose ends are not tokenized, the rest is estimated from what was.
+        What is cut off is counted exactly in texts of up to six characters for each token that the model takes. The rest of longer ones
+        is not tokenized, which would cost many times as much as their beginnings, but estimated from these.
         """
         if self._prompt:
             texts = [self._prompt + text for text in texts]
@@ -220,20 +218,13 @@ class Tokenizer:
         lost = np.zeros(len(texts), np.int64)
         if self._max_length is None:
             return lost
-        full = [at for at, encoding in enumerate(encodings) if len(encoding) >= self._max_length]
-        for at in full:
-            lost[at] = self._overflow(encodings[at])
-        rest = [at for at in full if len(beginnings[at]) < len(texts[at])]
-        if rest and self._enough is not None:
-            cuts = [len(beginnings[at]) for at in rest]
-            most = self._enough * COUNTED_WINDOWS
-            ends = [beginning(texts[at][cut : cut + 2 * most], most) for at, cut in zip(rest, cuts, strict=True)]
-            for at, cut, end, num_tokens in zip(rest, cuts, ends, self._count(ends), strict=True):
-                lost[at] += num_tokens
-                seen = cut + len(end)
+        for at, encoding in enumerate(encodings):
+            if len(encoding) < self._max_length:
+                continue
+            lost[at] = self._overflow(encoding)
+            if unseen := len(texts[at][len(beginnings[at]) :].rstrip()):
                 in_all = self._max_length - self._num_special + lost[at]
-                unseen = len(texts[at][seen:].rstrip())
-                lost[at] += round(unseen * in_all / seen)
+                lost[at] += max(round(unseen * in_all / len(beginnings[at])), 1)
         return lost
 
     def _count(self, texts: Sequence[str]) -> list[int]:
