@@ -182,13 +182,16 @@ class Fitter:
             return fitted
         if self._bounds is None:
             return replace(fitted, rejects=dict.fromkeys(long, TOO_LONG.format(limit=self._limit)))
-        planned = [(at, *span) for at in long for span in self._windows(texts[at], self._bounds)]
-        some, of_some = self._that_fit(texts, planned)
-        numbers, starts, stops = np.array(some, np.int64).T
+        bounds = _bounds_of([texts[at] for at in long], self._bounds)
+        planned = [
+            (at, *span) for at, some in zip(long, bounds, strict=True) for span in self._windows(texts[at], some)
+        ]
+        found, of_found = self._that_fit(texts, planned)
+        numbers, starts, stops = np.array(found, np.int64).T
         return replace(
             fitted,
-            pieces=[*fitted.pieces, *(texts[at][start:stop] for at, start, stop in some)],
-            tokens=fitted.tokens.followed_by(of_some),
+            pieces=[*fitted.pieces, *(texts[at][start:stop] for at, start, stop in found)],
+            tokens=fitted.tokens.followed_by(of_found),
             numbers=np.concatenate([fitted.numbers, numbers]),
             starts=np.concatenate([fitted.starts, starts]),
             stops=np.concatenate([fitted.stops, stops]),
@@ -213,10 +216,9 @@ class Fitter:
         order = sorted(range(len(found)), key=found.__getitem__)
         return [found[number] for number in order], tokens.taken(np.array(order, np.int64))
 
-    def _windows(self, text: str, bounds: Bounds) -> list[Span]:
+    def _windows(self, text: str, bounds: Ints) -> list[Span]:
         """Return the windows of a text, in order; of what is blank there is none."""
-        planned = self._planned(text, _bounds_of(text, bounds))
-        return [span for span in planned if not _is_blank(text, span)] or [(0, len(text))]
+        return [span for span in self._planned(text, bounds) if not _is_blank(text, span)] or [(0, len(text))]
 
     def _planned(self, text: str, bounds: Ints) -> list[Span]:
         """Return windows of so many tokens, one after another; the first begins with the text, and the last ends with it."""
@@ -247,8 +249,20 @@ def _is_blank(text: str, span: Span) -> bool:
     return text[slice(*span)].isspace()
 
 
-def _bounds_of(text: str, bounds: Bounds) -> Ints:
-    """Return where the tokens of a text begin and end, shape (tokens, 2): found piece by piece, so that memory is bounded."""
+def _bounds_of(texts: Sequence[str], bounds: Bounds) -> list[Ints]:
+    """Return where the tokens of each text begin and end, shape (tokens, 2): found segment by segment, so that memory is bounded."""
+    segments = [(number, *span) for number, text in enumerate(texts) for span in pairwise(_cuts(text))]
+    found: list[list[Ints]] = [[] for _ in texts]
+    for at in range(0, len(segments), SEGMENTS_AT_ONCE):
+        some = segments[at : at + SEGMENTS_AT_ONCE]
+        parts = bounds([texts[number][start:stop] for number, start, stop in some])
+        for (number, start, _), part in zip(some, parts, strict=True):
+            found[number].append(part[part[:, 1] > part[:, 0]] + start)
+    return [np.concatenate(parts) for parts in found]
+
+
+def _cuts(text: str) -> list[int]:
+    """Return where the segments of a text begin and end: at spaces, where there are any."""
     cuts = [0]
     while cuts[-1] < len(text):
         stop = cuts[-1] + SEGMENT_CHARACTERS
@@ -256,10 +270,4 @@ def _bounds_of(text: str, bounds: Bounds) -> Ints:
             space = max(text.rfind(one, cuts[-1] + 1, stop) for one in SPACES)
             stop = space if space > 0 else stop
         cuts.append(min(stop, len(text)))
-    found: list[Ints] = []
-    for at in range(0, len(cuts) - 1, SEGMENTS_AT_ONCE):
-        some = cuts[at : at + SEGMENTS_AT_ONCE + 1]
-        parts = bounds([text[start:stop] for start, stop in pairwise(some)])
-        found += [part + start for start, part in zip(some, parts, strict=False)]
-    every = np.concatenate(found)
-    return every[every[:, 1] > every[:, 0]]
+    return cuts
