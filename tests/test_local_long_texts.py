@@ -16,6 +16,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 from sentence_transformers import SentenceTransformer
+from transformers import AutoTokenizer
 
 import engine
 from engine.config import load_config
@@ -69,13 +70,19 @@ def reference() -> SentenceTransformer:
 
 
 @cache
+def uncut() -> Any:
+    """Return the library's tokenizer, apart: its calls change what it does next."""
+    return AutoTokenizer.from_pretrained(model_files.folder_of(PACKAGED))
+
+
+@cache
 def minilm(**options: Any) -> SentenceTransformerEmbeddingModel:
     return SentenceTransformerEmbeddingModel(PACKAGED, device="cpu", backend="torch", **options)
 
 
 def num_tokens(text: str) -> int:
     """Count a text's tokens by the library's tokenizer, uncut, and without special ones."""
-    return len(reference().tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return len(uncut()(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def fitter(how: Any = "chunk", overlap: int | None = None, prompt: str | None = None) -> Fitter:
@@ -280,6 +287,10 @@ def test_a_text_of_10_mb_is_looked_at_piece_by_piece():
     seen.total = 0
     words._tokenizer([text])
     assert seen.total < 10_000  # truncated: nothing but its beginning
+    without_spaces = "漢字とかな交じり文" * 400_000  # more than 10 MB
+    (lost,) = words._tokenizer([without_spaces]).lost
+    assert seen.most < 2_000_000
+    assert lost == pytest.approx(len(without_spaces), rel=0.01)  # a token a character
 
 
 # A job

@@ -370,7 +370,14 @@ def test_long_texts_get_a_row_for_each_chunk(tmp_path):
     """The whole job: rows of chunks in the parts, counts of rows and vectors in the result, verified, and nothing left to do."""
     long = " ".join(f"word {number}" for number in range(400))
     write_source(tmp_path / "in/a.parquet", {"id": list("abcdef"), "text": ["one", long, "", long, "two", "one"]})
-    options = {"model": MINILM, "model_args": {}, "long_texts": "chunk-rows", "backend": "torch", "shard_rows": 4}
+    options = {
+        "model": MINILM,
+        "model_args": {},
+        "long_texts": "chunk-rows",
+        "backend": "torch",
+        "num_actors": 1,
+        "shard_rows": 4,
+    }
     result = run(tmp_path / "in", tmp_path / "out", **options)
     rows = table(tmp_path / "out")
     assert (result.num_rows, result.num_rejects, result.num_vectors) == (5, 1, rows.num_rows)

@@ -10,6 +10,8 @@ LEAVES_SPACES = frozenset(
     {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Strip", "StripAccents"}
 )
 """Normalizers that neither take a space between two words away nor look past it."""
+MOST_CHARACTERS = 1_000_000
+"""Of a text without such spaces, as of Chinese: what stands behind so many has no part in the first tokens, and costs memory."""
 
 
 def beginning(text: str, enough: int) -> str:
@@ -21,10 +23,11 @@ def beginning(text: str, enough: int) -> str:
     """
     if len(text) <= enough:
         return text
-    at = text.find(" ", enough)
+    most = max(MOST_CHARACTERS, 2 * enough)
+    at = text.find(" ", enough, most)
     while at > 0 and not text[at - 1].isalnum():  # which, unlike other signs, no normalizer makes a space of
-        at = text.find(" ", at + 1)
-    return text if at < 0 else text[:at]
+        at = text.find(" ", at + 1, most)
+    return text[:most] if at < 0 else text[:at]
 
 
 def splits_at_spaces(fast: Any) -> bool:
