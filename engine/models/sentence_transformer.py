@@ -183,7 +183,7 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
             return await self._embed_pieces(texts)
         fitted = await asyncio.to_thread(self._fitter, texts)
         answer = await self._embed_pieces(fitted.pieces, fitted.tokens)
-        return fitted.joined(answer, pooled=self.long_texts != "chunk-rows")
+        return await asyncio.to_thread(fitted.joined, answer, pooled=self.long_texts != "chunk-rows")
 
     async def _embed_pieces(self, texts: Sequence[str], tokens: Tokens | None = None) -> Embeddings:
         """Embed texts that need no cutting but the model's own: in one go, and only those again, one by one, that failed in it."""

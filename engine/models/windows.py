@@ -90,17 +90,18 @@ class Fitted:
 
 def _means(vectors: Vectors, chunks: Chunks, weights: Ints) -> Vectors:
     """Return the mean of each text's vectors by their tokens; scaled to length 1, if its vectors have that."""
-    firsts = chunks.firsts
-    if len(vectors) == len(chunks.counts):
-        return vectors
-    means = vectors[firsts[:-1]]
-    for number in np.flatnonzero(chunks.counts > 1).tolist():
-        some = slice(firsts[number], firsts[number + 1])
-        mean = np.average(vectors[some], axis=0, weights=weights[some])
-        norm = float(np.linalg.norm(mean))
-        if norm > 0 and np.allclose(np.linalg.norm(vectors[some], axis=1), 1, rtol=0, atol=LENGTH_1):
-            mean = mean / norm
-        means[number] = mean
+    is_cut = chunks.counts > 1
+    means = vectors[chunks.firsts[:-1]]
+    if not is_cut.any():
+        return means
+    rows = np.repeat(is_cut, chunks.counts)
+    some, shares = vectors[rows], weights[rows]
+    firsts = np.cumsum(chunks.counts[is_cut]) - chunks.counts[is_cut]
+    found = np.add.reduceat(some * shares[:, None], firsts) / np.add.reduceat(shares, firsts)[:, None]
+    has_length_1 = np.abs(np.linalg.norm(some, axis=1) - 1) <= LENGTH_1
+    norms = np.linalg.norm(found, axis=1)
+    is_scaled = np.logical_and.reduceat(has_length_1, firsts) & (norms > 0)
+    means[is_cut] = found / np.where(is_scaled, norms, 1)[:, None]
     return means
 
 
