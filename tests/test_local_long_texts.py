@@ -458,6 +458,19 @@ def test_what_does_not_fit_the_model_or_the_output_is_refused(tmp_path):
         asyncio.run(minilm(long_texts="chunk-rows").embed(["a"]))
 
 
+def test_kura_which_needs_a_vector_for_each_text_is_refused_chunks(tmp_path):
+    """And gets means of them."""
+    pytest.importorskip("kura", reason="Kura is not installed: docs/kura.md says how")
+    from engine.integrations.kura import EngineEmbeddingModel
+
+    with_modules(save_transformer(tmp_path / "0", BERT, bert_tokenizer())).save(str(tmp_path / "bert"))
+    name = f"sentence-transformers:{tmp_path / 'bert'}"
+    with pytest.raises(ConfigError, match="take chunk, or truncate"):
+        EngineEmbeddingModel(name, long_texts="chunk-rows", device="cpu", backend="torch")
+    model = EngineEmbeddingModel(name, long_texts="chunk", device="cpu", backend="torch")
+    assert np.shape(asyncio.run(model.embed([MANY, "a", MANY]))) == (3, 32)
+
+
 def test_models_with_an_encode_of_their_own_go_by_their_tokenizer(tmp_path):
     """One without a limit takes every text whole; one that does more than its tokenizer says can only be truncated."""
 
