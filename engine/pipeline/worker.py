@@ -9,24 +9,26 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from engine.errors import ConfigError, EngineError, ProviderError, Refused
+from engine.errors import EngineError, ProviderError, Refused
 from engine.model_config import ModelConfig
 from engine.models import registry
 from engine.models.api.prices import dollars
-from engine.models.base import BaseEmbeddingModel, Embeddings, Vectors
+from engine.models.base import BaseEmbeddingModel
+from engine.models.embeddings import Embeddings, Vectors
 from engine.models.loop_thread import LoopThread
 from engine.pipeline.budget import Shared, join
 from engine.pipeline.parcel import Item, pack, unpack
-from engine.quantization import Stored, VectorFormat, quantize, to_arrow, usable
+from engine.pipeline.part_rows import UNFIT, fitting, rejects_of, with_chunks, with_vectors
+from engine.quantization import Stored, VectorFormat, quantize
 from engine.repeated_ids import num_repeated
-from engine.schema import EMBEDDING, SOURCE_ROW, Reject, Usage, utc_now
+from engine.schema import SOURCE_ROW, Usage, utc_now
 from engine.sources import texts as text_checks
 from engine.sources.rows import Rows, Selection
 
@@ -37,6 +39,7 @@ CLOSE_S = 2.0
 """For which an actor that ends waits for its model: what it has to close is connections and threads."""
 COUNTS = (
     "num_tokens", "num_padded_tokens", "num_requests", "num_refusals", "num_retries", "num_duplicates", "num_long",
+    "num_lost_tokens",
 )  # fmt: skip
 """Of an answer, that are divided among its shards."""
 
@@ -123,31 +126,47 @@ class EmbedWorker:
         for item, (texts, positions, reasons) in zip(items, found, strict=True):
             stop = first_text + len(texts)
             failed = {at - first_text: why for at, why in answer.rejects.items() if first_text <= at < stop}
-            kept = [position for number, position in enumerate(positions) if number not in failed]
-            reasons |= {positions[number]: why for number, why in failed.items()}
-            vectors = answer.vectors[first_vector : first_vector + len(kept)]
-            share = first_text / max(len(all_texts), 1), stop / max(len(all_texts), 1)
-            first_text, first_vector = stop, first_vector + len(kept)
+            good = np.array([number for number in range(len(texts)) if number not in failed], np.int64)
+            chunks, vectors = answer.of_texts(first_vector, first_vector + len(good))
+            first_vector += len(good)
             stored, kind = self._stored(vectors)
-            kept, stored, unfit = _fitting(kept, stored, kind)
+            fits = fitting(stored, kind, chunks)
+            if not fits.all():
+                failed |= dict.fromkeys(good[~fits].tolist(), UNFIT.format(dtype=kind.dtype))
+                good = good[fits]
+                if chunks is None:
+                    stored = stored[fits]
+                else:
+                    chunks, of_vectors = chunks.taken(np.flatnonzero(fits))
+                    stored = stored[of_vectors]
+            reasons |= {positions[number]: why for number, why in failed.items()}
             rows = self._kept_columns(item)
-            survivors = rows if len(kept) == rows.num_rows else rows.take(pa.array(kept, pa.int64()))
-            rejects = _rejects(rows, reasons | unfit)
-            usage = self._usage(answer, share, survivors)
-            embedded.append(
-                Item(item.shard, _with_vectors(survivors, stored, kind), rejects=rejects, usage=usage, vectors=kind)
-            )
+            survivors = rows if len(good) == rows.num_rows else rows.take(pa.array(np.array(positions, np.int64)[good]))
+            usage = self._usage(answer, (first_text, stop, len(all_texts)), survivors)
+            if chunks is not None:
+                survivors = with_chunks(
+                    survivors, [texts[number] for number in good.tolist()], chunks, self._text_column
+                )
+                usage = replace(usage, num_vectors=survivors.num_rows)
+            table = with_vectors(survivors, stored, kind)
+            embedded.append(Item(item.shard, table, rejects=rejects_of(rows, reasons), usage=usage, vectors=kind))
+            first_text = stop
         return embedded
 
-    def _usage(self, answer: Embeddings, share: tuple[float, float], survivors: pa.Table) -> Usage:
-        """Return what a shard cost: its share of an answer, from where it begins to where it ends."""
-        counts = {name: _share(getattr(answer, name), *share) for name in COUNTS}
+    def _usage(self, answer: Embeddings, span: tuple[int, int, int], survivors: pa.Table) -> Usage:
+        """Return what a shard cost: its share of an answer, by its first text, the one behind its last, and the number of all."""
+        first, stop, num_texts = span
+        before, after = first / max(num_texts, 1), stop / max(num_texts, 1)
+        counts = {name: _share(getattr(answer, name), before, after) for name in COUNTS}
+        if answer.lost:  # text by text
+            lost = [num_tokens for at, num_tokens in answer.lost.items() if first <= at < stop]
+            counts |= {"num_long": len(lost), "num_lost_tokens": sum(lost)}
         price = self._work.price
         return Usage(
             **counts,
             cost=None if price is None else round(dollars(counts["num_tokens"], price), 9),
-            embed_s=round(answer.held_s * (share[1] - share[0]), 6),
-            busy_s=round(answer.busy_s * (share[1] - share[0]), 6),
+            embed_s=round(answer.held_s * (after - before), 6),
+            busy_s=round(answer.busy_s * (after - before), 6),
             device=getattr(self._model, "device", ""),
             backend=getattr(self._model, "backend", ""),
             slug=self._model.slug() if self._work.model.provider == registry.CUSTOM else "",
@@ -155,10 +174,16 @@ class EmbedWorker:
             num_repeated_ids=num_repeated(survivors.column(0)) if self._work.id_column else 0,
         )
 
+    @property
+    def _text_column(self) -> str | None:
+        """The column that is embedded; None if the text is made of several."""
+        selection = self._work.selection
+        return selection.text_column if selection.text_template is None else None
+
     def _left(self, item: Item) -> Item:
         rows = self._kept_columns(item).slice(0, 0)
         stored, kind = self._stored(np.empty((0, 1), np.float32))
-        return Item(item.shard, _with_vectors(rows, stored, kind), is_left=True, vectors=kind)
+        return Item(item.shard, with_vectors(rows, stored, kind), is_left=True, vectors=kind)
 
     def _stored(self, vectors: Vectors) -> tuple[Stored, VectorFormat]:
         """Return vectors as they are stored: here, so that no more than that travels to the publisher."""
@@ -208,47 +233,6 @@ def _built(work: Work) -> BaseEmbeddingModel:
 def _failed(work: Work, error: Exception) -> ProviderError:
     """Name an error without its message, which comes from the model's libraries and could quote a text."""
     return ProviderError(f"the model {work.model.model} failed: {type(error).__name__}; what was committed is kept")
-
-
-def _fitting(kept: list[int], stored: Stored, kind: VectorFormat) -> tuple[list[int], Stored, dict[int, str]]:
-    """
-    Take out rows whose vector is lost in what it is stored as: too large for float16, or all zeros in it or in int8.
-
-    Raises:
-        ConfigError: If that is so of all of several: then it is the model that does not suit the type.
-    """
-    fits = usable(stored, kind)
-    if fits.all():
-        return kept, stored, {}
-    if len(kept) > 1 and not fits.any():
-        raise ConfigError(
-            f"output_dtype: the model's vectors are too large or too small for {kind.dtype}: store them as float32, in another output "
-            "folder"
-        )
-    lost = {
-        row: f"its vector is too large or too small for {kind.dtype}"
-        for row, fit in zip(kept, fits, strict=True)
-        if not fit
-    }
-    return [row for row in kept if row not in lost], stored[fits], lost
-
-
-def _with_vectors(rows: pa.Table, stored: Stored, kind: VectorFormat) -> pa.Table:
-    """Put `embedding` before `_source_row`, which is the last column of a part."""
-    return rows.add_column(rows.num_columns - 1, EMBEDDING, to_arrow(stored, kind))
-
-
-def _rejects(rows: pa.Table, reasons: dict[int, str]) -> list[Reject]:
-    positions = sorted(reasons)
-    some = rows.take(pa.array(positions, pa.int64()))
-    ids = text_checks.values_of(some.column(0))
-    source_rows = some.column(SOURCE_ROW).to_pylist()
-    return [
-        Reject(
-            source_row, text_checks.INVALID_UTF8 if isinstance(key, text_checks.Undecodable) else key, reasons[position]
-        )
-        for position, source_row, key in zip(positions, source_rows, ids, strict=True)
-    ]
 
 
 def _set_threads(num_threads: int) -> None:
