@@ -23,6 +23,7 @@ from engine.schema import (
     EMBEDDING,
     PART_METADATA,
     SOURCE_ROW,
+    TEXT_HASH,
     CommitRecord,
     InputFile,
     Reject,
@@ -32,6 +33,7 @@ from engine.schema import (
     content_hash,
     count_reasons,
 )
+from engine.text_hashes import numbers_of
 
 _SEAL = b"embedding_engine_seal"
 _OPEN = b"0" * 32
@@ -67,7 +69,8 @@ def encode(
     Serialise a shard's table, in memory: a failure leaves no file behind, not even a readable short one.
 
     Args:
-        table: Kept columns, `embedding` (fixed-size list of what `vectors` says) and `_source_row` (int64), in the order of rows.
+        table: Kept columns, `embedding` (fixed-size list of what `vectors` says), `_text_hash` and `_source_row` (int64), in the order of
+            rows.
         shard: The shard that the table is of.
         fingerprint: Of the job.
         rejects: The rows of the shard that the table lacks.
@@ -93,8 +96,8 @@ def encode(
         sink,
         table.schema,
         compression="zstd",
-        # Floats do not repeat: a dictionary of them costs time and saves nothing. Bytes do, and Parquet's plain integers have four.
-        use_dictionary=[name for name in table.column_names if name not in (EMBEDDING, SOURCE_ROW)]
+        # Floats and hashes do not repeat: a dictionary of them costs time and saves nothing. Bytes do, and Parquet's plain integers have four.
+        use_dictionary=[name for name in table.column_names if name not in (EMBEDDING, TEXT_HASH, SOURCE_ROW)]
         + ([_NUMBERS] if vectors.dtype in ("int8", "binary") else []),
         write_page_checksum=True,
         store_schema=True,
@@ -175,7 +178,7 @@ def check(
     Raises:
         CorruptOutput: Says what is wrong.
     """
-    problem = _row_problem(table, shard, rejects) or _vector_problem(table, vectors)
+    problem = _row_problem(table, shard, rejects) or _hash_problem(table) or _vector_problem(table, vectors)
     if problem:
         raise CorruptOutput(f"the part {name} of rows {shard.start} to {shard.stop} of {shard.file.path}: {problem}")
 
@@ -212,6 +215,16 @@ def _row_problem(table: pa.Table, shard: Shard, rejects: Sequence[Reject]) -> st
     every = np.sort(np.concatenate([rows, np.fromiter((reject.source_row for reject in rejects), np.int64)]))
     if not np.array_equal(every, np.arange(shard.start, shard.stop)):
         return "its rows and rejects are not the rows of its shard"
+    return None
+
+
+def _hash_problem(table: pa.Table) -> str | None:
+    if TEXT_HASH not in table.column_names:
+        return f"it has no column {TEXT_HASH}"
+    try:
+        numbers_of(table.column(TEXT_HASH))
+    except ValueError:
+        return f"its column {TEXT_HASH} does not have 16 bytes for each row"
     return None
 
 
@@ -261,6 +274,6 @@ def _huggingface_features(schema: pa.Schema) -> dict[str, Any] | None:
 def _huggingface_dtype(kind: pa.DataType) -> str | None:
     plain = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
     floats = {pa.float16(): "float16", pa.float32(): "float32", pa.float64(): "float64"}
-    if any(is_kind(kind) for is_kind in plain):
+    if any(is_kind(kind) for is_kind in plain) or kind == pa.binary():
         return str(kind)
     return floats.get(kind)

@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.provider_use import Forecast, ProviderUse
 from engine.result import Result
-from engine.wording import count, duration, rejects, repeated_ids, size
+from engine.wording import count, duration, rejects, repeated_ids, reused, size
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +95,8 @@ class RunResult(Result):
     warnings: list[str] = field(default_factory=list)
     num_repeated_ids: int = 0
     """Rows of this run whose id another row of their shard has before them: they are kept."""
+    num_reused: int = 0
+    """Rows of this run whose vector was taken from another part, since their text is the same."""
 
     def lines(self) -> dict[str, str]:
         """Say what a run did, and what is left."""
@@ -102,6 +104,8 @@ class RunResult(Result):
         if self.num_shards:
             tokens = f", {count(self.num_tokens, 'token')}" if self.num_tokens else ""
             lines["embedded"] = f"{count(self.num_rows, 'row')}{tokens} in {count(self.num_shards, 'shard')}"
+            if self.num_reused:
+                lines["reused"] = reused(self.num_reused)
             lines["rejected"] = rejects(self.num_rejects, self.reasons)
             if self.num_repeated_ids:
                 lines["ids"] = repeated_ids(self.num_repeated_ids)
@@ -150,6 +154,8 @@ class StatusResult(Result):
     """What vectors are stored as."""
     num_repeated_ids: int = 0
     """Rows whose id another row of their shard has before them; `verify` at level full counts over all shards."""
+    num_reused: int = 0
+    """Rows whose vector was taken from another part, since their text is the same."""
 
     def lines(self) -> dict[str, str]:
         """Say where an output stands."""
@@ -160,6 +166,7 @@ class StatusResult(Result):
         return {
             "left": left,
             "embedded": f"{count(self.num_rows, 'row')} in {count(self.num_shards, 'shard')}",
+            **({"reused": reused(self.num_reused)} if self.num_reused else {}),
             "rejected": rejects(self.num_rejects, self.reasons),
             **({"ids": repeated_ids(self.num_repeated_ids)} if self.num_repeated_ids else {}),
             "vectors": f"{self.dimension} dimensions, {stored_as}{size(self.num_bytes)}",

@@ -13,6 +13,7 @@ from engine import history, lease
 from engine.calibration import stored_calibration
 from engine.errors import ConfigError, CorruptOutput, EngineError, SourceError, Stopped
 from engine.events import PoolStarted, RunPlanned, ShardDone
+from engine.former_parts import check_reuse, reuse_index
 from engine.interrupts import interruptible, sigterm_interrupts
 from engine.models import registry
 from engine.models.api.prices import MILLION, price_of
@@ -52,6 +53,7 @@ def plan(config: JobConfig, inputs: Storage | None = None) -> PlanResult:
     from engine.forecast import forecast
 
     asked = survey(config, inputs)
+    check_reuse(asked)
     todo = asked.standing.plan
     return PlanResult(
         output=asked.ledger.root,
@@ -90,6 +92,7 @@ def run(config: JobConfig, on_event: OnEvent | None = None) -> RunResult:
     """
     tally = Tally()
     asked = survey(config)
+    check_reuse(asked)
     max_tokens = _max_tokens(asked)
     if asked.standing.plan.pending:
         asked.ledger.storage.probe()
@@ -129,6 +132,7 @@ def status(output: str) -> StatusResult:
         totals["tokens"] += record.usage.num_tokens
         totals["bytes"] += record.num_bytes
         totals["repeated_ids"] += record.usage.num_repeated_ids
+        totals["reused"] += record.usage.num_reused
         reasons.update(record.reasons)
         totals.update({name: getattr(record.usage, name) for name in ASKED})
         if record.usage.cost is not None:
@@ -158,6 +162,7 @@ def status(output: str) -> StatusResult:
         provider=ProviderUse(**{name: totals[name] for name in ASKED}, cost=cost) if totals["num_requests"] else None,
         output_dtype=str(job.config.get("output_dtype", "float32")),
         num_repeated_ids=totals["repeated_ids"],
+        num_reused=totals["reused"],
     )
 
 
@@ -258,6 +263,7 @@ def _stream(
         with _budget(asked.config, chosen, max_tokens, tally) as budget:
             try:
                 work = _calibrated(asked, chosen, _work(asked, chosen, budget), tally, owned)
+                work = replace(work, reuse=reuse_index(asked))
                 stream = Stream(groups, work, asked.ledger, asked.job.fingerprint, chosen, asked.config.stall_s)
                 with closing(stream.receipts()) as receipts:
                     for receipt in receipts:

@@ -27,6 +27,8 @@ TEXT = "_text"
 """Between a reader and an actor: never in a part."""
 FAULT = "_fault"
 """Of a table that was in memory: why a row of it is malformed. Never in a part."""
+TEXT_HASH = "_text_hash"
+"""Of the text as it goes to the model: 16 bytes, see `engine.text_hashes`."""
 SOURCE_ROW = "_source_row"
 MAX_REASONS = 20
 """That a record tells apart."""
@@ -137,6 +139,8 @@ class Usage:
     """Texts that were cut, or embedded in chunks."""
     num_repeated_ids: int = 0
     """Rows whose id another row of the shard has before them."""
+    num_reused: int = 0
+    """Rows whose vector was taken from another part: their texts are the same."""
     cost: float | None = None
     """Dollars; None if nobody knows the price."""
     device: str = ""
@@ -238,6 +242,7 @@ class Receipt:
     cost: float | None = None
     """Dollars; None if nobody knows the price."""
     num_repeated_ids: int = 0
+    num_reused: int = 0
 
     @classmethod
     def of(cls, record: CommitRecord, outcome: str) -> Receipt:
@@ -262,6 +267,7 @@ class Receipt:
             num_long=record.usage.num_long,
             cost=record.usage.cost,
             num_repeated_ids=record.usage.num_repeated_ids,
+            num_reused=record.usage.num_reused,
         )
 
     @classmethod

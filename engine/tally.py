@@ -56,6 +56,8 @@ class Tally:
     limits: Limits = field(default_factory=Limits)
     num_repeated_ids: int = 0
     """Rows whose id another row of their shard has before them."""
+    num_reused: int = 0
+    """Rows whose vector was taken from another part."""
     shards_at_risk: int = 0
     """In flight at once, at most: what a crash would have lost."""
 
@@ -66,6 +68,7 @@ class Tally:
         self.num_tokens += receipt.num_tokens
         self.num_shards += 1
         self.num_repeated_ids += receipt.num_repeated_ids
+        self.num_reused += receipt.num_reused
         for reason, count in json.loads(receipt.reasons).items():
             is_known = reason in self.reasons or len(self.reasons) < MAX_REASONS
             self.reasons[reason if is_known else OTHER_REASONS] += count
@@ -135,6 +138,7 @@ class Tally:
             total_rejects=total_rejects,
             provider=self._provider_use(),
             num_repeated_ids=self.num_repeated_ids,
+            num_reused=self.num_reused,
             warnings=list(asked.standing.warnings),
         )
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from engine.errors import ConfigError, EngineError, ProviderError, Refused
+from engine.former_vectors import FormerVectors, Found
 from engine.model_config import ModelConfig
 from engine.models import registry
 from engine.models.api.prices import dollars
@@ -26,9 +27,11 @@ from engine.pipeline.budget import Shared, join
 from engine.pipeline.parcel import Item, pack, unpack
 from engine.quantization import Stored, VectorFormat, quantize, to_arrow, usable
 from engine.repeated_ids import num_repeated
-from engine.schema import EMBEDDING, SOURCE_ROW, Reject, Usage, utc_now
+from engine.reuse import ReuseIndex
+from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Reject, Usage, utc_now
 from engine.sources import texts as text_checks
 from engine.sources.rows import Rows, Selection
+from engine.text_hashes import numbers_of, text_hashes
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +66,8 @@ class Work:
     """What vectors are stored as."""
     scale: float | None = None
     """Of int8."""
+    reuse: ReuseIndex | None = None
+    """Of parts that may have vectors of the texts already."""
 
 
 class EmbedWorker:
@@ -85,6 +90,7 @@ class EmbedWorker:
             if work.budget is not None:
                 join(self._model, work.budget)
             self._gate = asyncio.Semaphore(self._model.shards_at_once)
+            self._former = FormerVectors.of_model(work.reuse, work.output_dtype, work.scale, self._slug())
         except EngineError as error:
             self._failure = error  # for the first call: of an error in a constructor Ray passes on the text alone
 
@@ -109,35 +115,56 @@ class EmbedWorker:
         """Embed the texts of all items together, so that batches fill up however small the shards are."""
         found = [text_checks.texts_in(Rows(item.table, item.faults)) for item in items]
         all_texts = [text for texts, _, _ in found for text in texts]
-        logger.debug("embedding started: %d texts", len(all_texts))
+        hashes = text_hashes(all_texts)
+        former = self._former.find(numbers_of(hashes)) if self._former else Found.nothing(len(all_texts))
+        new_texts = [all_texts[at] for at in former.missing.tolist()]
+        logger.debug("embedding started: %d texts, %d others have vectors", len(new_texts), len(former.stored))
         try:
-            answer = self._thread.submit(self._answer(all_texts)).result()
+            answer = self._embedded(new_texts)
         except ProviderError:
             if self._work.budget is None:
                 raise
             return [self._left(item) for item in items]  # the budget knows, and ends the run
         logger.debug("embedding done: %d embeddings, %d rejects", len(answer.vectors), len(answer.rejects))
 
+        all_failed = {int(former.missing[at]): why for at, why in answer.rejects.items()}
+        every, kind = self._stored(answer.vectors)
+        every = former.with_new(every, sorted(all_failed))
         embedded = []
         first_text = first_vector = 0
         for item, (texts, positions, reasons) in zip(items, found, strict=True):
             stop = first_text + len(texts)
-            failed = {at - first_text: why for at, why in answer.rejects.items() if first_text <= at < stop}
+            failed = {at - first_text: why for at, why in all_failed.items() if first_text <= at < stop}
             kept = [position for number, position in enumerate(positions) if number not in failed]
             reasons |= {positions[number]: why for number, why in failed.items()}
-            vectors = answer.vectors[first_vector : first_vector + len(kept)]
-            share = first_text / max(len(all_texts), 1), stop / max(len(all_texts), 1)
-            first_text, first_vector = stop, first_vector + len(kept)
-            stored, kind = self._stored(vectors)
+            stored = every[first_vector : first_vector + len(kept)]
+            first_vector += len(kept)
             kept, stored, unfit = _fitting(kept, stored, kind)
             rows = self._kept_columns(item)
             survivors = rows if len(kept) == rows.num_rows else rows.take(pa.array(kept, pa.int64()))
             rejects = _rejects(rows, reasons | unfit)
-            usage = self._usage(answer, share, survivors)
-            embedded.append(
-                Item(item.shard, _with_vectors(survivors, stored, kind), rejects=rejects, usage=usage, vectors=kind)
-            )
+            usage = self._usage(answer, former.shares(first_text, stop), survivors)
+            usage = replace(usage, num_reused=former.num_between(first_text, stop))
+            of_rows = hashes.slice(first_text, len(texts)).take(pa.array(np.searchsorted(positions, kept)))
+            table = _with_vectors(survivors, of_rows, stored, kind)
+            embedded.append(Item(item.shard, table, rejects=rejects, usage=usage, vectors=kind))
+            first_text = stop
         return embedded
+
+    def _embedded(self, texts: list[str]) -> Embeddings:
+        """Embed texts; the model is not asked if there are none, and former parts say what its vectors are like."""
+        if not texts and self._former is not None:
+            return Embeddings(np.empty((0, self._former.vectors.dimension), np.float32))
+        answer = self._thread.submit(self._answer(texts)).result()
+        if self._former is not None and answer.vectors.shape[1] != self._former.vectors.dimension:
+            raise Refused(
+                f"the model answers with {answer.vectors.shape[1]} dimensions, and the vectors to be reused have "
+                f"{self._former.vectors.dimension}: leave --reuse out, or use another output folder"
+            )
+        return answer
+
+    def _slug(self) -> str:
+        return self._model.slug() if self._work.model.provider == registry.CUSTOM else ""
 
     def _usage(self, answer: Embeddings, share: tuple[float, float], survivors: pa.Table) -> Usage:
         """Return what a shard cost: its share of an answer, from where it begins to where it ends."""
@@ -150,7 +177,7 @@ class EmbedWorker:
             busy_s=round(answer.busy_s * (share[1] - share[0]), 6),
             device=getattr(self._model, "device", ""),
             backend=getattr(self._model, "backend", ""),
-            slug=self._model.slug() if self._work.model.provider == registry.CUSTOM else "",
+            slug=self._slug(),
             created_at=utc_now(),
             num_repeated_ids=num_repeated(survivors.column(0)) if self._work.id_column else 0,
         )
@@ -158,7 +185,7 @@ class EmbedWorker:
     def _left(self, item: Item) -> Item:
         rows = self._kept_columns(item).slice(0, 0)
         stored, kind = self._stored(np.empty((0, 1), np.float32))
-        return Item(item.shard, _with_vectors(rows, stored, kind), is_left=True, vectors=kind)
+        return Item(item.shard, _with_vectors(rows, text_hashes([]), stored, kind), is_left=True, vectors=kind)
 
     def _stored(self, vectors: Vectors) -> tuple[Stored, VectorFormat]:
         """Return vectors as they are stored: here, so that no more than that travels to the publisher."""
@@ -233,9 +260,10 @@ def _fitting(kept: list[int], stored: Stored, kind: VectorFormat) -> tuple[list[
     return [row for row in kept if row not in lost], stored[fits], lost
 
 
-def _with_vectors(rows: pa.Table, stored: Stored, kind: VectorFormat) -> pa.Table:
-    """Put `embedding` before `_source_row`, which is the last column of a part."""
-    return rows.add_column(rows.num_columns - 1, EMBEDDING, to_arrow(stored, kind))
+def _with_vectors(rows: pa.Table, hashes: pa.Array, stored: Stored, kind: VectorFormat) -> pa.Table:
+    """Put `embedding` and `_text_hash` before `_source_row`, which is the last column of a part."""
+    hashed = rows.add_column(rows.num_columns - 1, TEXT_HASH, hashes)
+    return hashed.add_column(rows.num_columns - 1, EMBEDDING, to_arrow(stored, kind))
 
 
 def _rejects(rows: pa.Table, reasons: dict[int, str]) -> list[Reject]:
