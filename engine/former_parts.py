@@ -78,7 +78,7 @@ def reuse_index(asked: Survey) -> ReuseIndex | None:
         if asked.config.reuse:
             logger.warning("reuse: a text has several vectors with --long-texts chunk-rows, and none is reused")
         return None
-    own = Candidates(storage, tuple(sorted(asked.standing.plan.unknown)), asked.job.shard_rows)
+    own = Candidates(asked.ledger, tuple(sorted(asked.standing.plan.unknown)), asked.job.shard_rows)
     found = [own] if own.shard_ids else []
     kind = _Kind.of(storage)
     scale = calibration.scale if (calibration := stored_calibration(storage)) else None
@@ -89,7 +89,7 @@ def reuse_index(asked: Survey) -> ReuseIndex | None:
             logger.warning("reuse: nothing of %s can be reused: %s", ledger.root, why)
             continue
         kind = kind or other
-        found.append(Candidates(ledger.storage, tuple(sorted(ledger.live())), job.shard_rows))
+        found.append(Candidates(ledger, tuple(sorted(ledger.live())), job.shard_rows))
     found = _joined(found)
     if not found or kind is None:
         return None
@@ -112,9 +112,9 @@ def _joined(found: list[Candidates]) -> list[Candidates]:
     """Return each output once: one may be named twice, or be the output itself."""
     joined: dict[str, Candidates] = {}
     for one in found:
-        same = joined.get(one.storage.root, one)
+        same = joined.get(one.ledger.root, one)
         ids = tuple(sorted({*one.shard_ids, *same.shard_ids}))
-        joined[one.storage.root] = Candidates(one.storage, ids, one.shard_rows)
+        joined[one.ledger.root] = Candidates(one.ledger, ids, one.shard_rows)
     return list(joined.values())
 
 

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine.errors import CorruptOutput
-from engine.ledger import part_name
+from engine.ledger import Ledger, part_name
 from engine.quantization import VectorFormat
 from engine.schema import TEXT_HASH, canonical_json, content_hash
 from engine.storage import Storage
@@ -55,7 +55,7 @@ PARTS_AT_ONCE = 16
 class Candidates:
     """Parts of one output, from which vectors may be taken."""
 
-    storage: Storage
+    ledger: Ledger
     shard_ids: tuple[str, ...]
     shard_rows: int
     """About how many rows each has."""
@@ -134,7 +134,7 @@ def build(storage: Storage, candidates: Sequence[Candidates], vectors: VectorFor
         slug: Of the custom model that they are of.
     """
     parts = [
-        (place.storage, shard_id)
+        (place.ledger, shard_id)
         for place in sorted(candidates, key=lambda place: _location(place, storage))
         for shard_id in sorted(place.shard_ids)
     ]
@@ -161,7 +161,7 @@ def build(storage: Storage, candidates: Sequence[Candidates], vectors: VectorFor
 
 def _location(place: Candidates, storage: Storage) -> str:
     """Return where an output is; nothing if it is the one that is made: it may be moved, and its index with it."""
-    return "" if place.storage.root == storage.root else place.storage.root
+    return "" if place.ledger.root == storage.root else place.ledger.root
 
 
 def _is_built(index: ReuseIndex) -> bool:
@@ -177,21 +177,21 @@ def _is_built(index: ReuseIndex) -> bool:
     return all(bucket_name("", manifest.bits, bucket)[1:] in names for bucket in manifest.buckets)
 
 
-def _hashes(parts: Sequence[tuple[Storage, str]]) -> Iterator[tuple[int, Numbers]]:
+def _hashes(parts: Sequence[tuple[Ledger, str]]) -> Iterator[tuple[int, Numbers]]:
     """Yield the number of each part that can be read, and its hashes."""
 
-    def read(part: tuple[Storage, str]) -> Numbers | None:
-        storage, shard_id = part
+    def read(part: tuple[Ledger, str]) -> Numbers | None:
+        ledger, shard_id = part
         try:
             with (
-                storage.open(part_name(shard_id)) as file,
+                ledger.storage.open(part_name(shard_id)) as file,
                 pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True) as parquet,
             ):
                 return numbers_of(parquet.read([TEXT_HASH]).column(0))
         except (pa.ArrowException, OSError, ValueError, IndexError) as error:
             logger.warning(
                 "%s/%s cannot be read (%s): its vectors are not reused",
-                storage.root,
+                ledger.root,
                 part_name(shard_id),
                 type(error).__name__,
             )

@@ -259,7 +259,7 @@ def test_other_vectors_are_not_reused_and_the_message_names_what_differs(tmp_pat
 def test_a_model_that_is_another_version_reuses_nothing_or_stops(tmp_path, caplog):
     """By its slug, or by its dimension: nothing of two models gets into one part."""
     old = first(tmp_path)
-    index = build(old.asked.ledger.storage, [Candidates(old.asked.ledger.storage, tuple(old.asked.ledger.live()), 10)],
+    index = build(old.asked.ledger.storage, [Candidates(old.asked.ledger, tuple(old.asked.ledger.live()), 10)],
                   VectorFormat("float32", 44), "hash-44")  # fmt: skip
     assert FormerVectors.of_model(index, "float32", None, "hash-45") is None
     assert "another version" in caplog.text
@@ -308,7 +308,7 @@ def test_a_look_up_is_that_of_a_dict(tmp_path_factory, parts, wanted):
         patch.setattr(reuse, "MAX_SAME", 3)
         patch.setattr(former_vectors, "MAX_PARTS", 2)
         storage, ids = publish_texts(tmp_path_factory.mktemp("reuse"), parts)
-        index = build(storage, [Candidates(storage, tuple(ids), 10)], VectorFormat("float32", 1))
+        index = build(storage, [Candidates(Ledger(storage), tuple(ids), 10)], VectorFormat("float32", 1))
         hashes = numbers_of(hashes_for(wanted))
         former = FormerVectors(index)
         found = former.find(hashes)
@@ -333,7 +333,7 @@ def test_a_look_up_is_that_of_a_dict(tmp_path_factory, parts, wanted):
 def test_texts_are_taken_from_the_part_that_has_the_most_of_them(tmp_path, monkeypatch):
     """A text that all parts have opens none of its own."""
     storage, ids = publish_texts(tmp_path, [[99, *range(at, at + 10)] for at in range(0, 80, 10)])
-    index = build(storage, [Candidates(storage, tuple(ids), 10)], VectorFormat("float32", 1))
+    index = build(storage, [Candidates(Ledger(storage), tuple(ids), 10)], VectorFormat("float32", 1))
     for at in range(8):
         former = FormerVectors(index)
         assert former.find(numbers_of(hashes_for([99, *range(at * 10, at * 10 + 10)]))).is_there.all()
@@ -370,7 +370,7 @@ def test_building_takes_no_more_memory_for_ten_times_the_hashes(tmp_path, monkey
             path.parent.mkdir(parents=True, exist_ok=True)
             pq.write_table(pa.table({TEXT_HASH: hashes}), path)
         tracemalloc.start()
-        index = build(storage, [Candidates(storage, tuple(ids), 2000)], VectorFormat("float32", 1))
+        index = build(storage, [Candidates(Ledger(storage), tuple(ids), 2000)], VectorFormat("float32", 1))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         sizes = {name: size for name, size in storage.sizes(index.folder) if name != reuse.MANIFEST}
