@@ -23,7 +23,7 @@ from rich.logging import RichHandler
 from rich.text import Text
 from typer.exceptions import TyperException
 
-from engine import export_verb, gc_verb, runner
+from engine import export_verb, gc_verb, overview, runner
 from engine.config import load_config
 from engine.errors import ConfigError, EngineError, ProviderError
 from engine.options import Debug, Json, Output, Verbose, given, job_options
@@ -141,7 +141,7 @@ def _run(
 @app.command("status", help="Say where an output stands, by its records.", epilog="Example: engine status out")
 def _status(output: Output, as_json: Json = False, verbose: Verbose = False, debug: Debug = False) -> None:
     with _reporting(verbose, debug):
-        result = runner.status(output)
+        result = overview.status(output)
     _print(result, as_json, show)
 
 

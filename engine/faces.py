@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from typing import TYPE_CHECKING, Any
 
-from engine import runner
+from engine import overview, runner
 from engine.config import load_config
 from engine.inline import embed
 from engine.sources import in_memory
@@ -76,7 +76,7 @@ def run(*, config: str | Path | None = None, progress: bool = True, **options: A
 
 def status(output: str | Path) -> StatusResult:
     """Say where an output stands, by its records; and what is pending, if its source can be read from here."""
-    return runner.status(str(output))
+    return overview.status(str(output))
 
 
 def verify(

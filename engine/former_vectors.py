@@ -176,7 +176,7 @@ class FormerVectors:
         output, shard_id = self._manifest.parts[number]
         part, problem = None, f"the part of shard {shard_id} has vectors of another kind than its output"
         try:
-            part = self._ledger(output, self._manifest).part(shard_id)
+            part = self._ledger(output, self._manifest).part(shard_id, former=True)
         except CorruptOutput as error:
             problem = error.message
         if part is None or part.vectors != self._index.vectors:

@@ -24,24 +24,24 @@ import json
 import zlib
 from collections import defaultdict
 from collections.abc import Collection, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine import lease
+from engine import lease, switching
 from engine.errors import ConfigError
+from engine.exchange import STAGES
 from engine.history import RUNS
-from engine.ledger import COMMITS, DATA, REJECTS, SET_ASIDE, part_name, rejects_name
 from engine.object_storage import PROBES
 from engine.output_files import (
     ENGINE,
-    HELD,
     REUSE,
-    SUPERSEDED,
     WHOLE,
     File,
     names_of,
     turn_of,
 )
+from engine.places import COMMITS, DATA, HELD, REJECTS, SET_ASIDE, SUPERSEDED, held_name, part_name, rejects_name
 from engine.results import Garbage, GcResult
 from engine.schema import canonical_json
 from engine.sources import indexes
@@ -93,7 +93,8 @@ def gc(output: str, *, apply: bool = False, older_than_days: int = 1, inputs_gon
     if not apply or not found.garbage:
         return found.result(applied=False)
     with lease.held(found.ledger.storage, "refuse") as owned:
-        if owned.was_contested or owned.epoch != found.epoch + 1:  # a run was here since
+        if owned.was_contested or owned.epoch != found.epoch + 1 or found.is_switching:  # a run was here since, or died
+            switching.finish(found.ledger)
             again = _Look(output, older_than_days, inputs_gone=inputs_gone)
             again.keep_only(found)
             found = again
@@ -134,6 +135,11 @@ class _Look:
         self._kept: list[Garbage] = []
         self._sort()
 
+    @property
+    def is_switching(self) -> bool:
+        """A run died while new parts took the place of others."""
+        return self._standing is not None and self._standing.is_switching
+
     def keep_only(self, other: _Look) -> None:
         """Take for garbage only what the other look took for it too."""
         names = {file.name for files in other.garbage.values() for file in files}
@@ -144,7 +150,7 @@ class _Look:
         """Delete the garbage: first records, so that none is ever there without its part, and parts last."""
         storage = self.ledger.storage
         names = sorted((file.name for files in self.garbage.values() for file in files), key=turn_of)
-        for name, following in zip(names, [*names[1:], ""], strict=True):
+        for name, following in zip_longest(names, names[1:], fillvalue=""):
             owned.check()
             storage.delete(name)
             if turn_of(name) == 0 != turn_of(following):
@@ -181,7 +187,7 @@ class _Look:
         found = {
             "former": [file for file in self._below[SUPERSEDED] if not file.shard_ids & self._committed],
             "set-aside": self._below[SET_ASIDE],
-            "staging": self._below[STAGING] + self._below[PROBES],
+            "staging": self._below[STAGING] + self._below[PROBES] + self._below[STAGES],
             "reuse": self._below[REUSE],
             "leases": [file for file in self._below[lease.LEASE] if 0 < file.epoch < self.epoch - 1],
         }
@@ -201,11 +207,14 @@ class _Look:
         there: dict[str, bool] = {}
         behind_links = 0
         for record in self.ledger.records(sorted(self._standing.plan.unknown | self._standing.lost)):
+            if record.path in self._standing.former:  # it stays until others take its place
+                continue
             if record.path not in there:
                 there[record.path] = is_there(self._job.base, record.path)
             if there[record.path]:
                 continue
-            if record.shard_id in parts and part_name(record.shard_id) not in self._files:
+            names = {part_name(record.shard_id), held_name(record.shard_id)}
+            if record.shard_id in parts and not names & self._files.keys():
                 behind_links += 1
             else:
                 gone[record.shard_id] = record.path
@@ -252,7 +261,9 @@ class _Look:
         named = [canonical_json(self._job.config), *(self._text(file) for file in files if file.name == CURRENT)]
         # A manifest that the source is names blocks.
         named += [self._text(file) for file in files if file.name.endswith(".json") and file.stem in "".join(named)]
-        named += {name for record in self.ledger.records() for name in (record.path, record.version)}
+        named += {
+            name for record in self.ledger.records(sorted(self._committed)) for name in (record.path, record.version)
+        }
         pending = self._standing.plan.pending
         named += {name for shard in pending for name in (shard.file.path, shard.file.version, shard.file.location)}
         text = "\n".join(named)

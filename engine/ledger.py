@@ -2,6 +2,7 @@
 The ledger: which shards are committed, and the protocol that commits one.
 
     OUT/data/part-<shard_id>.parquet        the vectors
+    OUT/_engine/held/<shard_id>.part        the same, while rows of a former version of their file are still in data
     OUT/_engine/job.json                    what the output is of
     OUT/_engine/vectors.json                the dimension, fixed by the first commit
     OUT/_engine/rejects/<shard_id>.jsonl    rows that could not be embedded
@@ -17,18 +18,30 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 
-from engine.errors import CommitConflict, CorruptOutput, EngineError, FingerprintMismatch, Refused
+from engine import places, switches
+from engine.errors import CommitConflict, CorruptOutput, EngineError, FingerprintMismatch, Refused, SourceChanged
 from engine.part import Part, check, decode, encode
+from engine.places import (
+    COMMITS,
+    DATA,
+    JOB,
+    REJECTS,
+    SET_ASIDE,
+    VECTORS,
+    held_name,
+    part_name,
+    record_name,
+    rejects_name,
+)
 from engine.quantization import VectorFormat
+from engine.records import Records
 from engine.schema import (
-    CommitRecord,
     Job,
     Receipt,
     Reject,
@@ -39,62 +52,38 @@ from engine.schema import (
 )
 from engine.storage import Storage
 
+__all__ = [
+    "COMMITS", "DATA", "JOB", "REJECTS", "SET_ASIDE", "VECTORS",
+    "Ledger", "part_name", "record_name", "rejects_name",
+]  # fmt: skip
+
 logger = logging.getLogger(__name__)
 
-DATA = "data"
-COMMITS = "_engine/commits"
-REJECTS = "_engine/rejects"
-SET_ASIDE = "_engine/set-aside"
-JOB = "_engine/job.json"
-VECTORS = "_engine/vectors.json"
-READ_THREADS = 8
+_MOVED = ((record_name, "json"), (rejects_name, "jsonl"), (held_name, "part"), (part_name, "part"))
+"""Of a shard that others have taken the place of, in this order."""
 
 
-def part_name(shard_id: str) -> str:
-    """Return the name of a shard's part."""
-    return f"{DATA}/part-{shard_id}.parquet"
-
-
-def record_name(shard_id: str) -> str:
-    """Return the name of a shard's commit record."""
-    return f"{COMMITS}/{shard_id}.json"
-
-
-def rejects_name(shard_id: str) -> str:
-    """Return the name of a shard's rejects."""
-    return f"{REJECTS}/{shard_id}.jsonl"
-
-
-class Ledger:
-    """The records of one output. It pickles, as a location: tasks open it where they run."""
+class Ledger(Records):
+    """The records of one output, and the way into them. It pickles, as a location: tasks open it where they run."""
 
     def __init__(self, storage: Storage) -> None:
-        self.storage = storage
+        super().__init__(storage)
         self._vectors: dict[str, Any] | None = None
+        self._changed: frozenset[str] = frozenset()
+        self._last_switch: int | None = None
 
-    @property
-    def root(self) -> str:
-        """Where the output is."""
-        return self.storage.root
-
-    def job(self) -> Job | None:
+    def looked_at(self, last_switch: int, changed: Collection[str]) -> Ledger:
         """
-        Return what this output is of, or None if there is no output yet.
+        Return the same ledger for a run that went by what it found.
 
-        Raises:
-            CorruptOutput: If job.json cannot be read.
+        Args:
+            last_switch: As the run found the output. What another run has superseded since is no longer published.
+            changed: Paths of inputs that rows of another version are in the output of: their parts are held back.
         """
-        try:
-            data = self.storage.read(JOB)
-        except FileNotFoundError:
-            return None
-        try:
-            return Job(**json.loads(data))
-        except (ValueError, TypeError) as error:
-            raise CorruptOutput(
-                f"{self.root}/{JOB} cannot be read ({type(error).__name__}): is it the job of a newer engine? "
-                "Restore it from a copy, or use another output folder"
-            ) from None
+        ledger = Ledger(self.storage)
+        ledger._changed = frozenset(changed)
+        ledger._last_switch = last_switch
+        return ledger
 
     def claim(self, job: Job) -> Job:
         """
@@ -138,64 +127,6 @@ class Ledger:
                 f"{' (no vector is in it yet: if no run is using it, delete it)' if is_empty else ''}. Nothing was touched"
             )
 
-    def committed(self) -> set[str]:
-        """Return the ids of all committed shards: one listing, no file is opened."""
-        return {name[:-5] for name in self.storage.names(COMMITS) if name.endswith(".json")}
-
-    def live(self) -> set[str]:
-        """Return the ids of the shards that the output consists of as it stands: readers go by it."""
-        return self.committed()
-
-    def parts(self) -> dict[str, int]:
-        """Return the size in bytes of each part, by shard id."""
-        found = self.storage.sizes(DATA)
-        return {name[5:-8]: size for name, size in found if name.startswith("part-") and name.endswith(".parquet")}
-
-    def part_ids(self) -> set[str]:
-        """Return the shard ids of all parts: one listing, no file is opened."""
-        names = self.storage.names(DATA)
-        return {name[5:-8] for name in names if name.startswith("part-") and name.endswith(".parquet")}
-
-    def rejected(self) -> set[str]:
-        """Return the ids of all shards that have rejects: one listing, no file is opened."""
-        return {name[:-6] for name in self.storage.names(REJECTS) if name.endswith(".jsonl")}
-
-    def records(self, shard_ids: Sequence[str] | None = None) -> Iterator[CommitRecord]:
-        """
-        Yield the commit records of `shard_ids`, or all.
-
-        Raises:
-            CorruptOutput: If one cannot be read.
-        """
-        wanted = sorted(self.committed()) if shard_ids is None else shard_ids
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            for start in range(0, len(wanted), 1024):
-                yield from pool.map(self.record, wanted[start : start + 1024])
-
-    def record(self, shard_id: str) -> CommitRecord:
-        """Return the commit record of one shard; raise CorruptOutput if it cannot be read."""
-        name = record_name(shard_id)
-        try:
-            return CommitRecord.from_bytes(self.storage.read(name), name)
-        except FileNotFoundError:
-            raise CorruptOutput(f"the commit record {name} is missing") from None
-
-    def is_committed(self, shard_id: str) -> bool:
-        """Say whether a shard has a commit record."""
-        try:
-            self.storage.read(record_name(shard_id))
-        except FileNotFoundError:
-            return False
-        return True
-
-    def part(self, shard_id: str) -> Part:
-        """Read one part whole and check it; raise CorruptOutput if it is missing or damaged."""
-        name = part_name(shard_id)
-        try:
-            return decode(self.storage.read(name), name)
-        except FileNotFoundError:
-            raise CorruptOutput(f"the part {name} is missing") from None
-
     def publish(
         self,
         table: pa.Table,
@@ -221,20 +152,23 @@ class Ledger:
         data = encode(table, shard=shard, fingerprint=fingerprint, rejects=rejects, usage=usage, vectors=vectors)
         checked = decode(data, name)
         self._fix_vectors(checked)
-        is_ours = self.storage.create(name, data)
+        is_ours = self._create_part(shard, data)
         try:
-            if is_ours and self.storage.read(name) == data:
-                return self._record(checked, "committed")
-            return self.adopt(shard, fingerprint, outcome="present")
+            if is_ours and places.read_part(self.storage, shard.id)[1] == data:
+                receipt = self._record(checked, "committed")
+            else:
+                receipt = self.adopt(shard, fingerprint, outcome="present")
         except CommitConflict:
             raise
-        except CorruptOutput as error:
+        except (CorruptOutput, FileNotFoundError) as error:
             if self.is_committed(shard.id):
                 raise
             logger.warning("setting aside a part that a dead writer left damaged: %s", error)
             self.set_aside(shard.id)
-            self.storage.create(name, data)
-            return self.adopt(shard, fingerprint, outcome="committed")
+            self._create_part(shard, data)
+            receipt = self.adopt(shard, fingerprint, outcome="committed")
+        self._leave_if_superseded(shard)
+        return receipt
 
     def adopt(self, shard: Shard, fingerprint: str, *, outcome: str = "adopted") -> Receipt:
         """
@@ -244,20 +178,22 @@ class Ledger:
             CorruptOutput: If the part is missing, damaged, or not of this shard and fingerprint.
             CommitConflict: If a record is there that says something else.
         """
-        stored = self.part(shard.id)
+        try:
+            name, data = places.read_part(self.storage, shard.id)
+        except FileNotFoundError:
+            raise CorruptOutput(f"the part {part_name(shard.id)} is missing") from None
+        stored = decode(data, name)
         record = stored.record
         if (record.shard_id, record.fingerprint) != (shard.id, fingerprint):
-            raise CorruptOutput(f"the part {part_name(shard.id)} is of another shard or job")
+            raise CorruptOutput(f"the part {name} is of another shard or job")
         self._fix_vectors(stored)
-        self.storage.persist(part_name(shard.id))  # before the record that vouches for it
+        self.storage.persist(name)  # before the record that vouches for it
         return self._record(stored, outcome)
 
     def forget(self, shard_id: str) -> None:
         """Move the record of a shard whose part is gone out of the way; do nothing if the part is there after all."""
-        try:
-            self.storage.open(part_name(shard_id)).close()
-        except FileNotFoundError:
-            self._move_aside((record_name(shard_id), rejects_name(shard_id)))
+        if not any(places.is_there(self.storage, name_of(shard_id)) for name_of in (held_name, part_name)):
+            self.move_aside((record_name(shard_id), rejects_name(shard_id)))
 
     def set_aside(self, shard_id: str) -> list[str]:
         """
@@ -269,12 +205,55 @@ class Ledger:
         Returns:
             The names under which the files lie now.
         """
-        return self._move_aside((record_name(shard_id), rejects_name(shard_id), part_name(shard_id)))
+        names = [name_of(shard_id) for name_of in (record_name, rejects_name, held_name, part_name)]
+        return self.move_aside(names)
 
-    def _move_aside(self, names: Sequence[str]) -> list[str]:
+    def supersede(self, shard_ids: Iterable[str], number: int) -> None:
+        """
+        Move shards to those that others have taken the place of: of each the record first, the part last. Nothing is deleted.
+
+        Args:
+            shard_ids: Of the shards.
+            number: Of the switch that says so: a shard may have been superseded before, and have come back.
+        """
+        taken = set(self.storage.names(places.SUPERSEDED))
+        for shard_id in sorted(shard_ids):
+            for name_of, kind in _MOVED:
+                to = places.former_name(shard_id, kind)
+                if to.rpartition("/")[2] in taken:
+                    to = places.former_name(f"{shard_id}-{number}", kind)
+                self.storage.rename(name_of(shard_id), to)
+
+    def move_aside(self, names: Sequence[str]) -> list[str]:
+        """Move files out of the way; return the names under which they lie now."""
         stamp = time.time_ns()
         moves = [(name, f"{SET_ASIDE}/{stamp}-{name.rsplit('/', 1)[1]}.bad") for name in names]
         return [to for name, to in moves if self.storage.rename(name, to)]
+
+    def _create_part(self, shard: Shard, data: bytes) -> bool:
+        """Create a shard's part, held back if rows of another version of its file are in the output; False if there is one."""
+        seen, held = part_name(shard.id), held_name(shard.id)
+        if shard.file.path not in self._changed:
+            return self.storage.create(seen, data)
+        if places.is_there(self.storage, seen) or not self.storage.create(held, data):
+            return False
+        if places.is_there(self.storage, seen):  # another run has switched meanwhile: this one is too many
+            self.move_aside([held])
+            return False
+        return True
+
+    def _leave_if_superseded(self, shard: Shard) -> None:
+        """Take out again what was published although another run has switched to another version of its file meanwhile."""
+        if self._last_switch is None:
+            return
+        for later in switches.since(self.storage, self._last_switch):
+            wanted = later.files.get(shard.file.path, (shard.file.size, shard.file.version))
+            if wanted != (shard.file.size, shard.file.version):
+                self.supersede([shard.id], later.number)
+                raise SourceChanged(
+                    f"{shard.file.location} changed, and another run has put its new rows into {self.root} meanwhile: "
+                    "this run has ended; run the same command again"
+                )
 
     def _record(self, stored: Part, outcome: str) -> Receipt:
         """Create the rejects and the record of a part that is stored."""

@@ -5,18 +5,27 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from engine.exchange import STAGES
 from engine.lease import LEASE
-from engine.ledger import COMMITS, SET_ASIDE, part_name, record_name, rejects_name
 from engine.object_storage import PROBES
+from engine.places import (
+    COMMITS,
+    HELD,
+    SET_ASIDE,
+    SUPERSEDED,
+    held_name,
+    part_name,
+    record_name,
+    rejects_name,
+)
 from engine.sources.indexes import FOLDER as INDEX
 from engine.sources.opening import INPUTS
 from engine.storage import STAGING
+from engine.switches import SWITCHES
 
 ENGINE = "_engine"
-HELD = "_engine/held"
-SUPERSEDED = "_engine/superseded"
 REUSE = "_engine/reuse"
-WHOLE = (SET_ASIDE, STAGING, PROBES, SUPERSEDED, HELD, REUSE, INDEX, INPUTS)
+WHOLE = (SET_ASIDE, STAGING, PROBES, SUPERSEDED, HELD, STAGES, SWITCHES, REUSE, INDEX, INPUTS)
 """Folders in which every file is the engine's."""
 _LEASE_NAME = re.compile(rf"{LEASE}/(\d{{8,}})\.(?:json|beat|end)")
 _SHARD_ID = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
@@ -54,11 +63,11 @@ class File:
         return self.name.removeprefix(f"{INPUTS}/").partition("/")[0].partition(".")[0]
 
 
-def names_of(shard_id: str) -> tuple[str, str, str]:
-    """Name the record, the rejects and the part of a shard."""
-    return record_name(shard_id), rejects_name(shard_id), part_name(shard_id)
+def names_of(shard_id: str) -> tuple[str, ...]:
+    """Name the record, the rejects and the part of a shard, wherever that lies."""
+    return record_name(shard_id), rejects_name(shard_id), held_name(shard_id), part_name(shard_id)
 
 
 def turn_of(name: str) -> int:
     """Return when a file is deleted: records, then what lies beside parts, then parts."""
-    return 0 if name.startswith(f"{COMMITS}/") else 2 if name.endswith(".parquet") else 1
+    return 0 if name.startswith(f"{COMMITS}/") else 2 if name.endswith((".parquet", ".part")) else 1

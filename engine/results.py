@@ -95,6 +95,8 @@ class RunResult(Result):
     warnings: list[str] = field(default_factory=list)
     num_repeated_ids: int = 0
     """Rows of this run whose id another row of their shard has before them: they are kept."""
+    num_changed_inputs: int = 0
+    """Whose new rows took the place of the former ones."""
     num_reused: int = 0
     """Rows of this run whose vector was taken from another part, since their text is the same."""
 
@@ -119,6 +121,10 @@ class RunResult(Result):
                 lines["device"] = f"waited {self.device_idle_share:.1%} of the time{padding}"
         if self.provider is not None:
             lines |= self.provider.lines()
+        if self.num_changed_inputs:
+            lines["changed"] = (
+                f"the new rows of {count(self.num_changed_inputs, 'input')} took the place of the former ones"
+            )
         if self.done_before_rows:
             lines["before"] = f"{count(self.done_before_rows, 'row')} were done already"
         lines["left"] = count(self.pending_rows, "row") if self.pending_rows else "nothing"

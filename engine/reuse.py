@@ -184,7 +184,7 @@ def _hashes(parts: Sequence[tuple[Ledger, str]]) -> Iterator[tuple[int, Numbers]
         ledger, shard_id = part
         try:
             with (
-                ledger.storage.open(part_name(shard_id)) as file,
+                ledger.open_part(shard_id) as file,
                 pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True) as parquet,
             ):
                 return numbers_of(parquet.read([TEXT_HASH]).column(0))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from engine import history, lease
+from engine import history, lease, switches, switching
 from engine.calibration import stored_calibration
 from engine.errors import ConfigError, CorruptOutput, EngineError, SourceError, Stopped
 from engine.events import PoolStarted, RunPlanned, ShardDone
@@ -17,13 +16,13 @@ from engine.former_parts import check_reuse, reuse_index
 from engine.interrupts import interruptible, sigterm_interrupts
 from engine.models import registry
 from engine.models.api.prices import MILLION, price_of
+from engine.overview import untold
 from engine.planning import parcels
-from engine.provider_use import ProviderUse
-from engine.results import Finding, PlanResult, RunResult, StatusResult
+from engine.results import Finding, PlanResult, RunResult
 from engine.sources import in_memory, indexes
 from engine.sources.opening import is_staged_source
 from engine.survey import resurvey, survey
-from engine.tally import ASKED, Tally
+from engine.tally import Tally
 
 if TYPE_CHECKING:
     from engine.config import JobConfig
@@ -103,7 +102,7 @@ def run(config: JobConfig, on_event: OnEvent | None = None) -> RunResult:
     if is_staged_source(config.source):
         in_memory.remember(storage, config.source)
     storage.collect_staging()
-    if not asked.standing.plan.pending:
+    if not asked.standing.plan.pending and not switching.is_due(asked.standing):
         tally.done_before_rows = asked.standing.plan.done_rows
         return tally.result(asked)
     with lease.held(storage, config.if_in_use) as owned, history.recorded(storage) as entry:
@@ -112,58 +111,11 @@ def run(config: JobConfig, on_event: OnEvent | None = None) -> RunResult:
         asked = _repaired(asked, tally)
         if asked.standing.plan.pending:
             _stream(asked, tally, on_event or (lambda _: None), max_tokens, owned, entry)
+        tally.num_changed_inputs = switching.switch(asked.ledger, asked.standing, owned.check)
         logger.info("embedding done: %d embeddings, %d rejects", tally.num_rows, tally.num_rejects)
         result = tally.result(asked)
         entry.ended(result)
     return result
-
-
-def status(output: str) -> StatusResult:
-    """Say where an output stands, by its records; and what is pending, if its source can be read from here."""
-    ledger, job, standing, problem = resurvey(output)
-    reasons: Counter[str] = Counter()
-    totals: Counter[str] = Counter()
-    embed_s, dimension = 0.0, 0
-    cost: float | None = None
-    for record in ledger.records():
-        totals["shards"] += 1
-        totals["rows"] += record.num_rows
-        totals["rejects"] += record.num_rejects
-        totals["tokens"] += record.usage.num_tokens
-        totals["bytes"] += record.num_bytes
-        totals["repeated_ids"] += record.usage.num_repeated_ids
-        totals["reused"] += record.usage.num_reused
-        reasons.update(record.reasons)
-        totals.update({name: getattr(record.usage, name) for name in ASKED})
-        if record.usage.cost is not None:
-            cost = (cost or 0.0) + record.usage.cost
-        embed_s += record.usage.embed_s
-        dimension = record.dimension
-    if (sampled := stored_calibration(ledger.storage)) and sampled.usage:
-        totals.update({name: getattr(sampled.usage, name) for name in ASKED})
-        if sampled.usage.cost is not None:
-            cost = (cost or 0.0) + sampled.usage.cost
-    return StatusResult(
-        output=ledger.root,
-        model=str(job.config.get("model")),
-        fingerprint=job.fingerprint,
-        created_at=job.created_at,
-        num_shards=totals["shards"],
-        num_rows=totals["rows"],
-        num_rejects=totals["rejects"],
-        reasons=dict(reasons.most_common()),
-        num_tokens=totals["tokens"],
-        num_bytes=totals["bytes"],
-        dimension=dimension,
-        embed_s=round(embed_s, 3),
-        pending_shards=len(standing.plan.pending) if standing else None,
-        pending_rows=standing.plan.pending_rows if standing else None,
-        warnings=list(standing.warnings) if standing else [_untold(problem)],
-        provider=ProviderUse(**{name: totals[name] for name in ASKED}, cost=cost) if totals["num_requests"] else None,
-        output_dtype=str(job.config.get("output_dtype", "float32")),
-        num_repeated_ids=totals["repeated_ids"],
-        num_reused=totals["reused"],
-    )
 
 
 def verify(
@@ -188,18 +140,15 @@ def verify(
     ledger, job, standing, problem = resurvey(output)
     result = verification.verify(ledger, job, standing, level=level, set_aside=set_aside, sample_rows=sample_rows)
     if isinstance(problem, SourceError):  # out of reach from here, perhaps: what is stored may be right all the same
-        result.warnings.insert(0, _untold(problem))
+        result.warnings.insert(0, untold(problem))
     elif problem is not None:
         result.findings.append(Finding("", problem.message, "until then the output cannot be told to be whole"))
     return result
 
 
-def _untold(problem: EngineError | None) -> str:
-    return f"what is left to do cannot be told: {problem.message if problem else ''}"
-
-
 def _repaired(asked: Survey, tally: Tally) -> Survey:
-    """Put right what dead runs and careless hands left: records without a part, parts without a record."""
+    """Put right what dead runs and careless hands left: switches under way, records without a part, parts without a record."""
+    switching.finish(asked.ledger)
     for shard_id in asked.standing.missing:
         asked.ledger.forget(shard_id)
     tally.done_before_rows = asked.standing.plan.done_rows
@@ -232,7 +181,8 @@ def _max_tokens(asked: Survey) -> float | None:
         raise ConfigError(
             f"max_cost: the price of {asked.config.model} is not known: give --token-price, or leave --max-cost out"
         )
-    spent = sum(record.usage.cost or 0.0 for record in asked.ledger.records())
+    spent = sum(record.usage.cost or 0.0 for record in asked.ledger.records(sorted(asked.ledger.committed())))
+    spent += sum(former.cost or 0.0 for former in switches.since(asked.ledger.storage, 0))
     if (sampled := stored_calibration(asked.ledger.storage)) and sampled.usage:
         spent += sampled.usage.cost or 0.0
     return (asked.config.max_cost - spent) / price * MILLION if price else None

@@ -70,7 +70,7 @@ class Snapshot:
             ConfigError: If nothing is committed yet.
             CorruptOutput: If a record cannot be read.
         """
-        records = ledger.records(sorted(ledger.live()))
+        records = ledger.records(sorted(ledger.live()), former=True)
         parts = sorted(
             (LivePart(record.path, record.start, record.shard_id, record.num_rows) for record in records),
             key=lambda part: (part.path, part.start, part.shard_id),
@@ -188,7 +188,7 @@ class Snapshot:
         """Open a part for a while."""
         name = part_name(part.shard_id)
         try:
-            file = self._ledger.storage.open(name)
+            file = self._ledger.open_part(part.shard_id)
         except FileNotFoundError:
             raise self._corrupt(f"the part {name} is missing, and its record is there") from None
         with file:

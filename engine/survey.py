@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 from typing import Any
 
 from engine.config import JobConfig, validated
@@ -19,6 +22,7 @@ from engine.sources.rows import Selection
 from engine.sources.shape import FileShape
 from engine.storage import Storage, open_storage
 from engine.version import __version__
+from engine.wording import count
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,12 @@ class Standing:
     warnings: tuple[str, ...]
     files: tuple[InputFile, ...] = ()
     """Of the source."""
+    former: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Committed shards of other versions of inputs, by the inputs' paths: others take their place."""
+    is_switching: bool = False
+    """A run died while some took the place of others."""
+    last_switch: int = 0
+    """Number of the last time that some did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +74,7 @@ def survey(config: JobConfig, inputs: Storage | None = None) -> Survey:
     Raises:
         SourceError: An input is missing, unreadable or has other columns.
         FingerprintMismatch: The output is of another model or setting.
-        SourceChanged: A file is no longer what its committed rows were made from.
+        SourceChanged: A file with committed rows has another name now.
     """
     ledger = Ledger(open_storage(config.output, is_single_writer=config.unsafe_single_writer))
     if is_staged_source(config.source):
@@ -82,6 +92,7 @@ def survey(config: JobConfig, inputs: Storage | None = None) -> Survey:
         _check_stored(config, stored, asked)
     job = stored or asked
     standing = _compare(ledger, job, inventory, shapes)
+    ledger = ledger.looked_at(standing.last_switch, standing.former)
     return Survey(standing, pinned, identity, ledger, job, scanned)
 
 
@@ -146,14 +157,14 @@ def _shapes(
 
 def _compare(ledger: Ledger, job: Job, inventory: Inventory, shapes: list[FileShape]) -> Standing:
     # In this order: a record that is listed has had its part for some time.
-    recorded, parts = ledger.committed(), ledger.part_ids()
-    gone = recorded - parts
-    todo = make_plan(shapes, shard_rows=job.shard_rows, fingerprint=job.fingerprint, committed=recorded - gone)
+    shards, parts = ledger.shards(), ledger.part_ids()
+    gone = shards.committed - parts
+    todo = make_plan(shapes, shard_rows=job.shard_rows, fingerprint=job.fingerprint, committed=shards.committed - gone)
     missing = frozenset(shard.id for shard in todo.pending if shard.id in gone)
-    warnings = _unknown_warnings(ledger, todo, inventory, job)
+    former, warnings = _unknown(ledger, todo, gone - missing, inventory, job)
     if missing:
         warnings.append(f"{len(missing)} parts are gone although they were committed: a run makes them again")
-    lost = frozenset(gone - missing)
+    lost = gone - missing - frozenset().union(*former.values())
     if lost:
         warnings.append(
             f"{len(lost)} parts are gone although they were committed, and so are their inputs: "
@@ -162,7 +173,10 @@ def _compare(ledger: Ledger, job: Job, inventory: Inventory, shapes: list[FileSh
     if not todo.num_rows:
         warnings.append("the source has no rows")
     unrecorded = frozenset(shard.id for shard in todo.pending if shard.id in parts)
-    return Standing(todo, missing, lost, unrecorded, tuple(warnings), inventory.files)
+    is_switching = bool(shards.switches.open)
+    return Standing(
+        todo, missing, lost, unrecorded, tuple(warnings), inventory.files, former, is_switching, shards.switches.last
+    )
 
 
 def _job(config: JobConfig, identity: dict[str, Any], inventory: Inventory, shapes: list[FileShape]) -> Job:
@@ -202,54 +216,68 @@ def _check_stored(config: JobConfig, stored: Job, asked: Job) -> None:
         )
 
 
-def _unknown_warnings(ledger: Ledger, todo: Plan, inventory: Inventory, job: Job) -> list[str]:
+def _unknown(
+    ledger: Ledger, todo: Plan, lost: AbstractSet[str], inventory: Inventory, job: Job
+) -> tuple[dict[str, frozenset[str]], list[str]]:
     """
-    Look at committed shards that the inventory does not have.
+    Look at committed shards that the inventory does not have, those whose part is lost among them.
 
-    Their rows stay in the output. Where going on could embed rows a second time under another id, it is refused: their file has
-    other content now, or another name, or the source is named from another folder.
+    Rows of a changed input stay in the output until its new ones take their place; those of one that is gone stay. Where going on could
+    embed rows a second time under another id, it is refused: their file has another name, or the source is named from another folder.
+
+    Returns:
+        The shards of changed inputs, by path, and warnings.
     """
     if inventory.base != job.base and len(todo.pending) == todo.num_shards:
         raise Refused(
             f"{ledger.root} was begun for sources below {job.base}, and none of the shards below {inventory.base} is in it: "
             "name the source as the first run did, or use another output folder"
         )
-    if not todo.unknown:
-        return []
-    listed = {file.path: file for file in inventory.files}
-    # Of those with rows to do: in object stores, where equal content has an equal version, copies look like one file.
-    same_file = {(shard.file.size, shard.file.version): shard.file for shard in todo.pending}
-    absent: set[str] = set()
-    for record in ledger.records(sorted(todo.unknown)):
-        if (file := listed.get(record.path)) is not None:
-            raise SourceChanged(
-                f"{file.location} changed since rows of it were committed (then {record.size} bytes of "
-                f"{_version(record.version)}, now {file.size} of {_version(file.version)}): restore it as it was, "
-                "or embed the new content into another output folder. What was committed is kept"
-            )
-        if (file := same_file.get((record.size, record.version))) is not None:
-            raise SourceChanged(
-                f"{file.location} looks like {record.path} under another name, and rows of that are committed: name it as it was, "
-                "or use another output folder"
-            )
-        absent.add(record.path)
-    if inventory.base != job.base:
+    if not todo.unknown and not lost:
+        return {}, []
+    former, absent = _former(ledger, todo, lost, inventory)
+    if inventory.base != job.base and absent:
         raise Refused(
             f"{ledger.root} was made from {job.base}, and {len(absent)} of its inputs are not below {inventory.base} "
             f"({min(absent)}): name the source as the first run did, or use another output folder"
         )
+    return {path: frozenset(ids) for path, ids in former.items()}, list(_told(former, absent, job))
+
+
+def _former(
+    ledger: Ledger, todo: Plan, lost: AbstractSet[str], inventory: Inventory
+) -> tuple[dict[str, set[str]], set[str]]:
+    """Return the shards of changed inputs, by path, and the paths of the inputs that the inventory does not have."""
+    listed = {file.path for file in inventory.files}
+    # Of those with rows to do: in object stores, where equal content has an equal version, copies look like one file.
+    same_file = {(shard.file.size, shard.file.version): shard.file for shard in todo.pending}
+    former: dict[str, set[str]] = defaultdict(set)
+    absent: set[str] = set()
+    for record in ledger.records(sorted(todo.unknown | lost)):
+        if record.path in listed:
+            former[record.path].add(record.shard_id)
+        elif record.shard_id not in lost:
+            if (file := same_file.get((record.size, record.version))) is not None:
+                raise SourceChanged(
+                    f"{file.location} looks like {record.path} under another name, and rows of that are committed: name it as it was, "
+                    "or use another output folder"
+                )
+            absent.add(record.path)
+    return former, absent
+
+
+def _told(former: Collection[str], absent: set[str], job: Job) -> Iterator[str]:
+    """Say what becomes of rows of inputs that changed, or that are not there any more."""
+    if former:
+        yield (
+            f"{count(len(former), 'input')} changed since rows of {'it' if len(former) == 1 else 'them'} were committed: the new rows "
+            f"take the place of the former ones once they are embedded: {min(former)}"
+        )
     gone = {path for path in absent if not is_there(job.base, path)}
-    warnings = []
     if gone:
-        warnings.append(f"{len(gone)} inputs are gone whose rows are in the output, and stay there: {min(gone)}")
+        yield f"{len(gone)} inputs are gone whose rows are in the output, and stay there: {min(gone)}"
     if absent - gone:
-        warnings.append(
+        yield (
             f"{len(absent - gone)} inputs are not in the source any more whose rows are in the output, and stay there: "
             f"{min(absent - gone)}"
         )
-    return warnings
-
-
-def _version(version: str) -> str:
-    """Return a file's version for people: a time of change as `touch -d` takes it."""
-    return f"@{version[:-9]}.{version[-9:]}" if version.isdecimal() else version

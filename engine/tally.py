@@ -60,6 +60,7 @@ class Tally:
     """Rows whose vector was taken from another part."""
     shards_at_risk: int = 0
     """In flight at once, at most: what a crash would have lost."""
+    num_changed_inputs: int = 0
 
     def add(self, receipt: Receipt) -> None:
         """Count one shard."""
@@ -136,6 +137,7 @@ class Tally:
             interrupted=self.interrupted,
             stopped=self.stopped,
             total_rejects=total_rejects,
+            num_changed_inputs=self.num_changed_inputs,
             provider=self._provider_use(),
             num_repeated_ids=self.num_repeated_ids,
             num_reused=self.num_reused,

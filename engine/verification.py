@@ -127,6 +127,7 @@ class _Check:
     def records(self, level: Level) -> None:
         """Look at every committed shard: its record, its part, its rejects; and that no row is in two shards."""
         spans: list[_Span] = []
+        live = self._ledger.live()
         for shard_id, record, problem in self._looks(level):
             if problem:
                 self._find(shard_id, problem)
@@ -134,7 +135,8 @@ class _Check:
                 self.num_shards += 1
                 self.num_rows += record.num_rows
                 self.num_rejects += record.num_rejects
-                spans.append(_Span(record.path, record.start, record.stop, shard_id))
+                if shard_id in live:  # not of new rows that wait to take the place of these
+                    spans.append(_Span(record.path, record.start, record.stop, shard_id))
         spans.sort(key=lambda span: (span.path, span.start, span.stop))
         for one, other in pairwise(spans):
             if one.path == other.path and other.start < one.stop:
@@ -182,7 +184,12 @@ class _Check:
     def sample(self, num_rows: int) -> float | None:
         """Embed rows again, spread over a few shards; return the lowest cosine to what is stored."""
         bad = {finding.shard_id for finding in self.findings}
-        good = [shard_id for shard_id in self._committed if shard_id not in bad and self._can_be_made_again(shard_id)]
+        unplanned = self._standing.plan.unknown if self._standing else frozenset()
+        good = [
+            shard_id
+            for shard_id in self._committed
+            if shard_id not in bad | unplanned and self._can_be_made_again(shard_id)
+        ]
         chance = random.Random()  # noqa: S311 - a sample, not a secret
         chosen = chance.sample(good, min(SAMPLED_SHARDS, len(good)))
         if not chosen:
@@ -236,13 +243,14 @@ class _Check:
         if bool(record.num_rejects) != (shard_id in self._rejects):
             yield f"{rejects_name(shard_id)} does not fit {record.num_rejects} rejects: it is missing, or should not be there"
         if level == "footers":
-            yield from self._footer_problems(record, name)
+            yield from self._footer_problems(record, shard_id)
         if level == "full":
             yield from self._content_problems(record, shard_id)
 
-    def _footer_problems(self, record: CommitRecord, name: str) -> Iterator[str]:
+    def _footer_problems(self, record: CommitRecord, shard_id: str) -> Iterator[str]:
+        name = part_name(shard_id)
         try:
-            with self._ledger.storage.open(name) as file, pq.ParquetFile(file) as parquet:
+            with self._ledger.open_part(shard_id) as file, pq.ParquetFile(file) as parquet:
                 schema, num_rows = parquet.schema_arrow, parquet.metadata.num_rows
             about = json.loads(schema.metadata[PART_METADATA])
             kind, vectors = schema.field(EMBEDDING).type, format_of(schema)
@@ -272,7 +280,10 @@ class _Check:
         self.findings.append(Finding(shard_id, problem, self._again if self._can_be_made_again(shard_id) else RESTORE))
 
     def _can_be_made_again(self, shard_id: str) -> bool:
-        return self._standing is not None and shard_id not in self._standing.plan.unknown | self._standing.lost
+        if self._standing is None:
+            return False
+        former = any(shard_id in ids for ids in self._standing.former.values())
+        return former or shard_id not in self._standing.plan.unknown | self._standing.lost
 
 
 def _lowest_cosine(stored: Part, picked: list[int], again: Vectors) -> float:

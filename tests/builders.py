@@ -20,6 +20,7 @@ import pandas as pd  # noqa: F401 - Arrow imports it with its first array, and w
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from engine import exchange
 from engine.config import load_config
 from engine.ledger import Ledger
 from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel
@@ -158,7 +159,11 @@ class Started:
         return value
 
 
-CALLS = ((os, "mkdir"), (os, "open"), (io, "open"), (os, "fsync"), (os, "link"), (os, "unlink"), (os, "rename"))
+CALLS = (
+    *((os, name) for name in ("mkdir", "open", "fsync", "link", "unlink", "rename", "rmdir")),
+    (io, "open"),
+    (exchange, "_trade_names"),
+)
 """All that storage does to a disk, but for writing into an open staging file."""
 
 

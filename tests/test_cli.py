@@ -150,7 +150,12 @@ def harmed(texts: Path) -> dict[str, tuple[Callable[[], None], list[str], int, s
         "a corrupt file": (lambda: restored("x.parquet", good[:-9]), [], 2, "cannot be read as Parquet"),
         "an empty file": (lambda: restored("x.parquet", b""), [], 2, "cannot be read as Parquet"),
         "a column of another type": (lambda: restored("x.parquet", other_type.getvalue()), [], 2, "is int64, not text"),
-        "a changed input": (lambda: restored("0.parquet", good), [], 3, "changed since rows of it were committed"),
+        "a renamed input": (
+            lambda: (restored("", None), (texts / "0.parquet").rename(texts / "1.parquet")),
+            [],
+            3,
+            "looks like 0.parquet under another name",
+        ),
     }
 
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import engine
-from engine import former_vectors, reuse
+from engine import former_vectors, reuse, switching
 from engine.calibration import Calibration, fix
 from engine.config import load_config
 from engine.errors import ConfigError, Refused
@@ -69,8 +69,8 @@ class Run:
         self.asked = survey(self.config)
         self.out = out
 
-    def __call__(self) -> list[str]:
-        """Embed and commit all; return what the model was asked for."""
+    def __call__(self, most: int | None = None) -> list[str]:
+        """Embed and commit all, or as many pairs of shards and no more; return what the model was asked for."""
         ledger, job = self.asked.ledger, self.asked.job
         check_reuse(self.asked)
         ledger.claim(job)
@@ -91,7 +91,7 @@ class Run:
         worker = EmbedWorker(work)
         Loud.seen.clear()
         groups = [tuple(self.asked.standing.plan.pending[at : at + 2]) for at in range(0, 1000, 2)]
-        for block in _read([group for group in groups if group], work.selection):
+        for block in _read([group for group in groups if group][:most], work.selection):
             for item in next(unpack(worker(block))):
                 ledger.publish(
                     item.table,
@@ -101,6 +101,8 @@ class Run:
                     usage=item.usage,
                     vectors=item.vectors,
                 )
+        if most is None:
+            switching.switch(ledger, self.asked.standing, lambda: None)
         return list(Loud.seen)
 
     def stored(self) -> dict[str, np.ndarray]:
@@ -171,6 +173,27 @@ def test_a_job_s_own_former_parts_are_reused_and_the_model_is_not_asked_where_no
     assert again.asked.ledger.committed() > again.asked.standing.plan.unknown
     status = engine.status(tmp_path / "first")
     assert (status.num_reused, status.num_rejects) == (15, 15)
+
+
+def test_of_an_input_that_changed_only_what_is_new_is_embedded(tmp_path, monkeypatch):
+    """In front of all other rows, within them, behind them; a resume finds the index, and others may look on after the switch."""
+    old = first(tmp_path, inputs=tmp_path / "in").stored()
+    texts = ["front", *TEXTS[:20], "edited", *TEXTS[21:], "behind"]
+    changed = Run(tmp_path / "first", {"a.parquet": texts}, inputs=tmp_path / "in")
+    assert changed(most=1) == ["front"]
+    looking_on = FormerVectors(reuse_index(changed.asked))
+    monkeypatch.setattr(reuse, "_hashes", None)  # what reads the parts
+    resumed = Run(tmp_path / "first", {}, inputs=tmp_path / "in")
+    assert len(resumed.asked.standing.plan.pending) == 4
+    assert resumed() == ["edited", "behind"]
+    assert looking_on.find(numbers_of(text_hashes(TEXTS))).is_there.all()
+    status = engine.status(tmp_path / "first")
+    assert (status.num_rows, status.num_reused, status.pending_rows) == (52, 49, 0)
+    new = resumed.stored()
+    for row, text in enumerate(texts):
+        if text in TEXTS:
+            np.testing.assert_array_equal(new[f"a.parquet#{row}"], old[f"a.parquet#{TEXTS.index(text)}"])
+    assert reuse_index(Run(tmp_path / "first", {}, inputs=tmp_path / "in").asked) is None
 
 
 def test_what_is_gone_or_damaged_is_embedded_again(tmp_path, caplog):
@@ -357,7 +380,7 @@ def test_building_takes_no_more_memory_for_ten_times_the_hashes(tmp_path, monkey
     """A few parts and one bucket are in memory; parts are synthesised, since only their column of hashes is read."""
     monkeypatch.setattr(reuse, "BUCKET_ROWS", 1 << 12)
     monkeypatch.setattr(reuse, "SCATTERED_ROWS", 1 << 12)
-    monkeypatch.setattr(reuse, "READ_THREADS", 2)
+    monkeypatch.setattr(reuse, "PARTS_AT_ONCE", 4)
     peaks = []
     for num_parts in (10, 100):
         storage = LocalStorage(str(tmp_path / str(num_parts)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -247,20 +246,27 @@ def test_speed_settings_may_change_between_runs(done):
     assert run(texts, out, **GPUS, stall_s=60).num_rows == 0
 
 
-def test_a_changed_input_is_refused_and_a_deleted_one_is_told(done):
-    """Rows are never doubled under a new id; what was committed stays."""
+def test_rows_of_a_changed_input_take_the_place_of_the_former_and_those_of_a_deleted_one_stay(done):
+    """Each row is there once, before and after; the run says what it did."""
     texts, out = done / "texts", done / "out"
-    before = files(out)
+    before = table(out)
     path = texts / "level-0" / "part.parquet"
-    original = path.read_bytes()
-    os.utime(path, ns=(1, 1))
-    with pytest.raises(SourceChanged, match="level-0"):
-        run(texts, out)
+    rows = pq.read_table(path)
+    edited = ["another text", *rows["text"].to_pylist()[1:], "one more"]
+    columns = {"id": [*rows["id"].to_pylist(), "new"], "text": edited, "year": [*rows["year"].to_pylist(), 7]}
+    pq.write_table(pa.table(columns), path)
+    changed = run(texts, out)
+    assert (changed.num_changed_inputs, changed.done_before_rows) == (1, 200)
+    assert changed.lines()["changed"] == "the new rows of 1 input took the place of the former ones"
+    after = table(out)
+    assert sorted(after["id"].to_pylist()) == sorted([*before["id"].to_pylist(), "new"])
+    vectors = dict(zip(after["id"].to_pylist(), after["embedding"].to_pylist(), strict=True))
+    np.testing.assert_array_equal(np.float32(vectors[columns["id"][0]]), HashModel().vector("another text"))
+    assert engine.verify(out, "full").ok
+    kept = files(out)
     path.unlink()
-    gone = run(texts, out)
-    assert "level-0" in gone.warnings[0]
-    assert files(out) == before
-    assert original
+    assert "level-0" in run(texts, out).warnings[0]
+    assert files(out) == kept
 
 
 def test_a_source_named_from_another_folder_is_refused(done):

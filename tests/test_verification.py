@@ -228,12 +228,13 @@ def test_rejects_that_should_not_be_there_are_found(output):
     assert "should not be there" in finding.problem
 
 
-def test_an_input_that_changed_is_a_finding(output):
-    """The output is what it was, and no longer of its source."""
+def test_an_input_that_changed_is_left_to_do(output):
+    """The output is what it was, and no longer of its source: its new rows are missing."""
     os.utime(output.source / "a.parquet", ns=(1, 1))
     verdict = engine.verify(output.out)
     assert not verdict.ok
-    assert "changed since rows of it were committed" in verdict.findings[0].problem
+    assert "are not committed" in verdict.findings[0].problem
+    assert "1 input changed since rows of it were committed" in verdict.warnings[0]
 
 
 def test_an_input_under_another_name_is_refused(output):

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine.ledger import part_name
 from engine.part import format_of, vectors_of
 from engine.schema import EMBEDDING, SOURCE_ROW
 from engine.sources.texts import Undecodable, values_of
@@ -99,7 +98,7 @@ class _Asked:
         """Add `wanted` rows of a part to a sample, all or none; return their vectors."""
         columns = {self.id_column, EMBEDDING, SOURCE_ROW} | {self.text_column, self.color_by} - {None}
         with (
-            ledger.storage.open(part_name(shard_id)) as file,
+            ledger.open_part(shard_id) as file,
             pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as parquet,
         ):
             num_rows = parquet.metadata.num_rows

@@ -125,8 +125,7 @@ def changed(file: InputFile) -> SourceChanged:
     """Make the error for an input that is no longer what was listed."""
     return SourceChanged(
         f"the input {file.location} changed while it was being read; what was committed is kept. "
-        "Let its writer finish, then run again: if rows of its former content were committed already, "
-        "the run will say so and ask for a new output folder"
+        "Let its writer finish, then run again: its new rows take the place of those of its former content"
     )
 
 

@@ -1,0 +1,69 @@
+"""Where an output stands, by its records."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from engine import switches
+from engine.calibration import stored_calibration
+from engine.errors import EngineError
+from engine.provider_use import ProviderUse
+from engine.results import StatusResult
+from engine.survey import resurvey
+from engine.tally import ASKED
+
+
+def status(output: str) -> StatusResult:
+    """Say where an output stands, by its records; and what is pending, if its source can be read from here."""
+    ledger, job, standing, problem = resurvey(output)
+    reasons: Counter[str] = Counter()
+    totals: Counter[str] = Counter()
+    embed_s, dimension = 0.0, 0
+    cost: float | None = None
+    for record in ledger.records():
+        totals["shards"] += 1
+        totals["rows"] += record.num_rows
+        totals["rejects"] += record.num_rejects
+        totals["tokens"] += record.usage.num_tokens
+        totals["bytes"] += record.num_bytes
+        totals["repeated_ids"] += record.usage.num_repeated_ids
+        totals["reused"] += record.usage.num_reused
+        reasons.update(record.reasons)
+        totals.update({name: getattr(record.usage, name) for name in ASKED})
+        if record.usage.cost is not None:
+            cost = (cost or 0.0) + record.usage.cost
+        embed_s += record.usage.embed_s
+        dimension = record.dimension
+    if (sampled := stored_calibration(ledger.storage)) and sampled.usage:
+        totals.update({name: getattr(sampled.usage, name) for name in ASKED})
+        if sampled.usage.cost is not None:
+            cost = (cost or 0.0) + sampled.usage.cost
+    for former in switches.since(ledger.storage, 0):
+        if former.cost is not None:
+            cost = (cost or 0.0) + former.cost
+    return StatusResult(
+        output=ledger.root,
+        model=str(job.config.get("model")),
+        fingerprint=job.fingerprint,
+        created_at=job.created_at,
+        num_shards=totals["shards"],
+        num_rows=totals["rows"],
+        num_rejects=totals["rejects"],
+        reasons=dict(reasons.most_common()),
+        num_tokens=totals["tokens"],
+        num_bytes=totals["bytes"],
+        dimension=dimension,
+        embed_s=round(embed_s, 3),
+        pending_shards=len(standing.plan.pending) if standing else None,
+        pending_rows=standing.plan.pending_rows if standing else None,
+        warnings=list(standing.warnings) if standing else [untold(problem)],
+        provider=ProviderUse(**{name: totals[name] for name in ASKED}, cost=cost) if totals["num_requests"] else None,
+        output_dtype=str(job.config.get("output_dtype", "float32")),
+        num_repeated_ids=totals["repeated_ids"],
+        num_reused=totals["reused"],
+    )
+
+
+def untold(problem: EngineError | None) -> str:
+    """Say why what is left to do cannot be told."""
+    return f"what is left to do cannot be told: {problem.message if problem else ''}"

@@ -1,0 +1,93 @@
+"""
+Switching: as inputs change, the parts of their new rows take the place of the former ones.
+
+A changed input's new parts wait in `_engine/held`, with their records, until its last row is committed. Then a switch is written
+down: from that instant on, who goes by the records has the new rows and not the former. Last, files are brought to where the
+switch says: parts into `data` and out of it, at one instant where the disk can, then records and rejects. A process may die
+anywhere in it, and the next run goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from engine.errors import EngineError
+from engine.exchange import exchange
+from engine.places import DATA, former_name, held_name, part_name
+from engine.schema import utc_now
+from engine.switches import Switch, Switches
+from engine.wording import count
+
+if TYPE_CHECKING:
+    from engine.ledger import Ledger
+    from engine.survey import Standing
+
+logger = logging.getLogger(__name__)
+
+
+def switch(ledger: Ledger, standing: Standing, still_ours: Callable[[], None]) -> int:
+    """
+    Let the new parts of each changed input whose rows are all committed take the place of the former ones.
+
+    Args:
+        ledger: Of the output.
+        standing: As the run found it.
+        still_ours: Raises if the output is not this run's any more.
+
+    Returns:
+        How many inputs that was.
+
+    Raises:
+        EngineError: If another run switches at the same time.
+    """
+    still_ours()
+    finish(ledger)
+    due = _due(ledger, standing)
+    if due is None:
+        return 0
+    if not ledger.storage.create(due.name(), due.to_bytes()):
+        raise EngineError(f"another run is changing {ledger.root} at the same time: run the same command again")
+    finish(ledger)
+    logger.info("the new rows of %s took the place of the former ones", count(len(due.files), "changed input"))
+    return len(due.files)
+
+
+def finish(ledger: Ledger) -> None:
+    """Bring files to where the switches say that a run has written down, and maybe not lived to carry out."""
+    for written in Switches.of(ledger.storage).open:
+        add = {_file(shard_id): held_name(shard_id) for shard_id in written.add}
+        drop = {_file(shard_id): former_name(shard_id, "part") for shard_id in written.drop}
+        exchange(ledger.storage, DATA, add=add, drop=drop)
+        ledger.supersede(written.drop, written.number)
+        ledger.storage.create(written.done_name(), b"")
+
+
+def is_due(standing: Standing) -> bool:
+    """Say whether a run has something to switch although there is nothing to embed, as far as its survey tells."""
+    pending = {shard.file.path for shard in standing.plan.pending}
+    return bool(standing.is_switching or standing.former.keys() - pending)
+
+
+def _due(ledger: Ledger, standing: Standing) -> Switch | None:
+    """Return the switch that can be made now: of all changed inputs without a row that is pending."""
+    shards = ledger.shards()
+    pending = {shard.file.path for shard in standing.plan.pending if shard.id not in shards.committed}
+    ready = standing.former.keys() - pending
+    drop = frozenset(shard_id for path in ready for shard_id in standing.former[path]) & shards.committed
+    files = {file.path: (file.size, file.version) for file in standing.files if file.path in ready}
+    add = set()
+    for record in ledger.records(sorted(shards.held - standing.plan.unknown)):
+        if record.path not in pending:
+            add.add(record.shard_id)
+            files[record.path] = (record.size, record.version)
+    if not drop and not add:
+        return None
+    costs = [record.usage.cost for record in ledger.records(sorted(drop)) if record.usage.cost is not None]
+    number = shards.switches.last + 1
+    return Switch(number, frozenset(add), drop, files, sum(costs) if costs else None, utc_now())
+
+
+def _file(shard_id: str) -> str:
+    return part_name(shard_id).removeprefix(f"{DATA}/")
