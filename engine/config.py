@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from engine.errors import ConfigError
 from engine.model_config import VECTORS, ModelConfig, deciding
-from engine.schema import CHUNK_COLUMNS, EMBEDDING, FAULT, SOURCE_ROW, TEXT
+from engine.schema import CHUNK_COLUMNS, EMBEDDING, FAULT, SOURCE_ROW, TEXT, TEXT_HASH
 from engine.template import parse, unescaped
 
 _Config = TypeVar("_Config", bound=BaseModel)
@@ -51,6 +51,10 @@ class JobConfig(ModelConfig):
         description="what vectors are stored as: int8 in steps that are fixed once for the whole job, binary as a bit a dimension",
         json_schema_extra=VECTORS,
     )
+    reuse: tuple[str, ...] = Field(
+        (),
+        description="other outputs of the same model and settings, whose vectors of the same texts are taken; repeat for more than one",
+    )
     shard_rows: int | None = Field(None, ge=1, description="rows a shard; by default chosen from the texts")
     num_actors: int | None = Field(
         None, ge=1, description="most model actors at once; by default one per GPU or group of cores"
@@ -85,7 +89,7 @@ class JobConfig(ModelConfig):
         None, description="address of a Ray cluster; by default a running one is joined, or a local one started"
     )
 
-    @field_validator("source", "keep", mode="before")
+    @field_validator("source", "keep", "reuse", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         values = (value,) if isinstance(value, (str, Path)) else value
@@ -124,7 +128,8 @@ class JobConfig(ModelConfig):
                 "id_column is the text column, and ids are written into records: name another, or leave it out"
             )
         chunks = CHUNK_COLUMNS if self.long_texts == "chunk-rows" else ()
-        made = (EMBEDDING, SOURCE_ROW, TEXT, FAULT, "_manifest", *chunks, *(() if self.id_column else ("id",)))
+        ids = () if self.id_column else ("id",)
+        made = (EMBEDDING, TEXT_HASH, SOURCE_ROW, TEXT, FAULT, "_manifest", *chunks, *ids)
         columns = (*((self.id_column,) if self.id_column else ()), *self.keep)
         for column in columns:
             if column in made:

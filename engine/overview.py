@@ -29,6 +29,7 @@ def status(output: str) -> StatusResult:
         totals["vectors"] += record.num_vectors
         totals["bytes"] += record.num_bytes
         totals["repeated_ids"] += record.usage.num_repeated_ids
+        totals["reused"] += record.usage.num_reused
         reasons.update(record.reasons)
         totals.update({name: getattr(record.usage, name) for name in ASKED})
         if record.usage.cost is not None:
@@ -65,6 +66,7 @@ def status(output: str) -> StatusResult:
         num_duplicates=totals["num_duplicates"],
         num_long=totals["num_long"],
         num_lost_tokens=totals["lost"],
+        num_reused=totals["reused"],
     )
 
 

@@ -21,13 +21,13 @@ import pyarrow.parquet as pq
 from engine.errors import CorruptOutput
 from engine.quantization import BITS, Stored, VectorFormat, dequantize, from_arrow, usable
 from engine.schema import (
-    CHUNK_COLUMNS,
     CHUNK_END,
     CHUNK_INDEX,
     CHUNK_START,
     EMBEDDING,
     PART_METADATA,
     SOURCE_ROW,
+    TEXT_HASH,
     CommitRecord,
     InputFile,
     Reject,
@@ -37,11 +37,14 @@ from engine.schema import (
     content_hash,
     count_reasons,
 )
+from engine.text_hashes import numbers_of
 
 _SEAL = b"embedding_engine_seal"
 _OPEN = b"0" * 32
 _NUMBERS = f"{EMBEDDING}.list.element"
 """The path of the vectors' numbers in a Parquet file."""
+_UNLIKE = (EMBEDDING, TEXT_HASH, SOURCE_ROW, CHUNK_START, CHUNK_END)
+"""Columns whose values do not repeat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,8 @@ def encode(
     Serialise a shard's table, in memory: a failure leaves no file behind, not even a readable short one.
 
     Args:
-        table: Kept columns, `embedding` (fixed-size list of what `vectors` says) and `_source_row` (int64), in the order of rows.
+        table: Kept columns, `embedding` (fixed-size list of what `vectors` says), `_text_hash` and `_source_row` (int64), in the order of
+            rows.
         shard: The shard that the table is of.
         fingerprint: Of the job.
         rejects: The rows of the shard that the table lacks.
@@ -98,8 +102,8 @@ def encode(
         sink,
         table.schema,
         compression="zstd",
-        # Floats do not repeat: a dictionary of them costs time and saves nothing. Bytes do, and Parquet's plain integers have four.
-        use_dictionary=[name for name in table.column_names if name not in (EMBEDDING, SOURCE_ROW, *CHUNK_COLUMNS[1:])]
+        # Floats and hashes do not repeat: a dictionary of them costs time and saves nothing. Bytes do, and Parquet's plain integers have four.
+        use_dictionary=[name for name in table.column_names if name not in _UNLIKE]
         + ([_NUMBERS] if vectors.dtype in ("int8", "binary") else []),
         write_page_checksum=True,
         store_schema=True,
@@ -196,7 +200,7 @@ def check(
         problem = _chunk_problem(table, num_vectors) or _row_problem(_texts_alone(table), shard, rejects)
     else:
         problem = _row_problem(table, shard, rejects)
-    problem = problem or _vector_problem(table, vectors)
+    problem = problem or _hash_problem(table) or _vector_problem(table, vectors)
     if problem:
         raise CorruptOutput(f"the part {name} of rows {shard.start} to {shard.stop} of {shard.file.path}: {problem}")
 
@@ -260,6 +264,16 @@ def _texts_alone(table: pa.Table) -> pa.Table:
     return table.select([SOURCE_ROW]).filter(pc.equal(table.column(CHUNK_INDEX), 0))
 
 
+def _hash_problem(table: pa.Table) -> str | None:
+    if TEXT_HASH not in table.column_names:
+        return f"it has no column {TEXT_HASH}"
+    try:
+        numbers_of(table.column(TEXT_HASH))
+    except ValueError:
+        return f"its column {TEXT_HASH} does not have 16 bytes for each row"
+    return None
+
+
 def _vector_problem(table: pa.Table, vectors: VectorFormat | None) -> str | None:
     kind = table.schema.field(EMBEDDING).type if EMBEDDING in table.column_names else pa.null()
     expected = vectors or VectorFormat.of_type(kind) or VectorFormat("float32", 0)
@@ -306,6 +320,6 @@ def _huggingface_features(schema: pa.Schema) -> dict[str, Any] | None:
 def _huggingface_dtype(kind: pa.DataType) -> str | None:
     plain = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
     floats = {pa.float16(): "float16", pa.float32(): "float32", pa.float64(): "float64"}
-    if any(is_kind(kind) for is_kind in plain):
+    if any(is_kind(kind) for is_kind in plain) or kind == pa.binary():
         return str(kind)
     return floats.get(kind)

@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.provider_use import Forecast, ProviderUse
 from engine.result import Result
-from engine.wording import count, duration, rejects, repeated_ids, size
+from engine.wording import count, duration, rejects, repeated_ids, reused, size
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +105,8 @@ class RunResult(Result):
     """Texts that were cut, or embedded in chunks."""
     num_lost_tokens: int = 0
     """Of those that were cut."""
+    num_reused: int = 0
+    """Rows of this run whose vector was taken from another part, since their text is the same."""
 
     def lines(self) -> dict[str, str]:
         """Say what a run did, and what is left."""
@@ -112,6 +114,8 @@ class RunResult(Result):
         if self.num_shards:
             tokens = f", {count(self.num_tokens, 'token')}" if self.num_tokens else ""
             lines["embedded"] = f"{count(self.num_rows, 'row')}{tokens} in {count(self.num_shards, 'shard')}"
+            if self.num_reused:
+                lines["reused"] = reused(self.num_reused)
             lines["rejected"] = rejects(self.num_rejects, self.reasons)
             if self.num_repeated_ids:
                 lines["ids"] = repeated_ids(self.num_repeated_ids)
@@ -186,6 +190,8 @@ class StatusResult(Result):
     num_duplicates: int = 0
     num_long: int = 0
     num_lost_tokens: int = 0
+    num_reused: int = 0
+    """Rows whose vector was taken from another part, since their text is the same."""
 
     def lines(self) -> dict[str, str]:
         """Say where an output stands."""
@@ -196,6 +202,7 @@ class StatusResult(Result):
         return {
             "left": left,
             "embedded": f"{count(self.num_rows, 'row')} in {count(self.num_shards, 'shard')}",
+            **({"reused": reused(self.num_reused)} if self.num_reused else {}),
             "rejected": rejects(self.num_rejects, self.reasons),
             **({"ids": repeated_ids(self.num_repeated_ids)} if self.num_repeated_ids else {}),
             **({} if self.provider else texts_lines(self)),

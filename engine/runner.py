@@ -12,6 +12,7 @@ from engine import history, lease, switches, switching
 from engine.calibration import stored_calibration
 from engine.errors import ConfigError, CorruptOutput, EngineError, SourceError, Stopped
 from engine.events import PoolStarted, RunPlanned, ShardDone
+from engine.former_parts import check_reuse, reuse_index
 from engine.interrupts import interruptible, sigterm_interrupts
 from engine.models import registry
 from engine.models.api.prices import MILLION, price_of
@@ -51,6 +52,7 @@ def plan(config: JobConfig, inputs: Storage | None = None) -> PlanResult:
     from engine.forecast import forecast
 
     asked = survey(config, inputs)
+    check_reuse(asked)
     todo = asked.standing.plan
     return PlanResult(
         output=asked.ledger.root,
@@ -89,6 +91,7 @@ def run(config: JobConfig, on_event: OnEvent | None = None) -> RunResult:
     """
     tally = Tally()
     asked = survey(config)
+    check_reuse(asked)
     max_tokens = _max_tokens(asked)
     if asked.standing.plan.pending:
         asked.ledger.storage.probe()
@@ -210,6 +213,7 @@ def _stream(
         with _budget(asked.config, chosen, max_tokens, tally) as budget:
             try:
                 work = _calibrated(asked, chosen, _work(asked, chosen, budget), tally, owned)
+                work = replace(work, reuse=reuse_index(asked))
                 stream = Stream(groups, work, asked.ledger, asked.job.fingerprint, chosen, asked.config.stall_s)
                 with closing(stream.receipts()) as receipts:
                     for receipt in receipts:

@@ -27,6 +27,8 @@ TEXT = "_text"
 """Between a reader and an actor: never in a part."""
 FAULT = "_fault"
 """Of a table that was in memory: why a row of it is malformed. Never in a part."""
+TEXT_HASH = "_text_hash"
+"""Of the text as it goes to the model: 16 bytes, see `engine.text_hashes`."""
 SOURCE_ROW = "_source_row"
 CHUNK_INDEX, CHUNK_START, CHUNK_END = CHUNK_COLUMNS = ("chunk_index", "chunk_start", "chunk_end")
 """Of outputs with a row for each chunk of a text (`--long-texts chunk-rows`): int32, and character offsets into the text, int64."""
@@ -143,6 +145,8 @@ class Usage:
     """Of the texts that were cut: tokens that are not in their vectors. Those of very long texts are estimated; 0 for APIs."""
     num_vectors: int = 0
     """Of a shard with a row for each chunk of a text: its rows in the part; 0 where each text has one."""
+    num_reused: int = 0
+    """Rows whose vector was taken from another part: their texts are the same."""
     cost: float | None = None
     """Dollars; None if nobody knows the price."""
     device: str = ""
@@ -253,6 +257,7 @@ class Receipt:
     num_lost_tokens: int = 0
     num_vectors: int = 0
     """Rows of the part."""
+    num_reused: int = 0
 
     @classmethod
     def of(cls, record: CommitRecord, outcome: str) -> Receipt:
@@ -279,6 +284,7 @@ class Receipt:
             num_repeated_ids=record.usage.num_repeated_ids,
             num_lost_tokens=record.usage.num_lost_tokens,
             num_vectors=record.num_vectors,
+            num_reused=record.usage.num_reused,
         )
 
     @classmethod

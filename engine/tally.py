@@ -58,6 +58,8 @@ class Tally:
     limits: Limits = field(default_factory=Limits)
     num_repeated_ids: int = 0
     """Rows whose id another row of their shard has before them."""
+    num_reused: int = 0
+    """Rows whose vector was taken from another part."""
     shards_at_risk: int = 0
     """In flight at once, at most: what a crash would have lost."""
     num_changed_inputs: int = 0
@@ -71,6 +73,7 @@ class Tally:
         self.num_vectors += receipt.num_vectors
         self.num_shards += 1
         self.num_repeated_ids += receipt.num_repeated_ids
+        self.num_reused += receipt.num_reused
         for reason, count in json.loads(receipt.reasons).items():
             is_known = reason in self.reasons or len(self.reasons) < MAX_REASONS
             self.reasons[reason if is_known else OTHER_REASONS] += count
@@ -145,6 +148,7 @@ class Tally:
             num_duplicates=self.asked["num_duplicates"],
             num_long=self.asked["num_long"],
             num_lost_tokens=self.num_lost_tokens,
+            num_reused=self.num_reused,
             warnings=list(asked.standing.warnings),
         )
 

@@ -41,6 +41,11 @@ def retries(number: int) -> str:
     return "1 retry" if number == 1 else f"{number:,} retries"
 
 
+def reused(number: int) -> str:
+    """Say of how many rows the vectors were there already."""
+    return f"{count(number, 'row')} of them: their vectors were there already"
+
+
 def snippet(text: str, width: int) -> str:
     """Return the beginning of a text on one line of `width` characters at most."""
     line = " / ".join(part.strip() for part in text.splitlines() if part.strip())

@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -28,6 +28,7 @@ from engine.schema import (
     EMBEDDING,
     FORMAT_VERSION,
     SOURCE_ROW,
+    TEXT_HASH,
     InputFile,
     Job,
     Receipt,
@@ -39,6 +40,7 @@ from engine.schema import (
 )
 from engine.sources.inventory import list_inputs
 from engine.storage import STAGING, LocalStorage
+from engine.text_hashes import text_hashes
 
 PROCESSES = multiprocessing.get_context("forkserver")
 """Forks from a process that has imported the engine and done nothing else: quick to start, and no thread is lost in it."""
@@ -61,6 +63,11 @@ def make_rejects(shard: Shard, rows: Sequence[int] = (3, 7)) -> list[Reject]:
     return [Reject(row, f"id-{row}", "null") for row in rows]
 
 
+def hashes_of(rows: Iterable[Any]) -> pa.Array:
+    """Return a column of hashes, as of texts that the rows stand for."""
+    return text_hashes([f"text {row}" for row in rows])
+
+
 def make_table(shard: Shard, *, without: Sequence[int] = (3, 7), dimension: int = 4) -> pa.Table:
     """Make a part's table, with vectors that the row numbers decide."""
     rows = [row for row in range(shard.start, shard.stop) if row not in without]
@@ -69,6 +76,7 @@ def make_table(shard: Shard, *, without: Sequence[int] = (3, 7), dimension: int 
         {
             "id": [f"id-{row}" for row in rows],
             EMBEDDING: pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=vectors_type(dimension)),
+            TEXT_HASH: hashes_of(rows),
             SOURCE_ROW: pa.array(rows, pa.int64()),
         }
     )

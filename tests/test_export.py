@@ -24,10 +24,10 @@ from engine.cli import main
 from engine.errors import ConfigError, CorruptOutput, Refused
 from engine.exporting import faiss_index, lance_dataset, npy
 from engine.ledger import Ledger, part_name
-from engine.schema import EMBEDDING, SOURCE_ROW, Shard, Usage, vectors_type
+from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Shard, Usage, vectors_type
 from engine.snapshot import Snapshot
 from engine.storage import LocalStorage
-from tests.builders import killed_at_each_call, make_job, make_shard
+from tests.builders import hashes_of, killed_at_each_call, make_job, make_shard
 from tests.kills import ROOT
 from tests.test_docs import blocks
 from tests.test_readers import Output, vectors_for
@@ -101,7 +101,7 @@ def test_a_lance_dataset_changes_in_one_commit_and_is_searched(tmp_path):
     engine.export(made.out, to)
     dataset = lance.dataset(str(to))
     assert dataset.version == 2
-    assert dataset.schema.names == ["id", EMBEDDING, SOURCE_ROW, "_shard"]
+    assert dataset.schema.names == ["id", EMBEDDING, TEXT_HASH, SOURCE_ROW, "_shard"]
     wanted = engine.read(made.out)["id"][7].as_py()
     query = vectors_for([f"text {wanted}"])[0]
     assert dataset.to_table(nearest={"column": EMBEDDING, "q": query, "k": 1})["id"].to_pylist() == [wanted]
@@ -135,7 +135,7 @@ def test_vectors_are_exported_as_they_are_stored(tmp_path, dtype, kind):
     ledger.claim(make_job())
     shard = make_shard(30)
     embedding = pa.FixedSizeListArray.from_arrays(pa.array(numbers.reshape(-1)), type=pa.list_(kind, 4))
-    table = pa.table({"id": range(30), EMBEDDING: embedding, SOURCE_ROW: range(30)})
+    table = pa.table({"id": range(30), EMBEDDING: embedding, TEXT_HASH: hashes_of(range(30)), SOURCE_ROW: range(30)})
     ledger.publish(
         table.set_column(1, EMBEDDING, floats(numbers)), shard=shard, fingerprint="f", rejects=[], usage=Usage()
     )
@@ -356,5 +356,5 @@ def publish_large(ledger: Ledger, shard: Shard) -> None:
     """Publish 8 MB of vectors."""
     numbers = np.random.default_rng(shard.start).random((len(shard), 512), dtype=np.float32) + np.float32(0.1)
     rows = pa.array(range(shard.start, shard.stop), pa.int64())
-    table = pa.table({"id": rows, EMBEDDING: floats(numbers), SOURCE_ROW: rows})
+    table = pa.table({"id": rows, EMBEDDING: floats(numbers), TEXT_HASH: hashes_of(rows), SOURCE_ROW: rows})
     ledger.publish(table, shard=shard, fingerprint="f", rejects=[], usage=Usage())

@@ -29,10 +29,11 @@ from engine.models.windows import WINDOWS_AT_ONCE, Fitter
 from engine.part import check
 from engine.pipeline.parcel import Item, pack, unpack
 from engine.pipeline.worker import EmbedWorker, Work
-from engine.schema import SOURCE_ROW
+from engine.schema import SOURCE_ROW, TEXT_HASH
 from engine.sources.formats import read_shards
 from engine.sources.rows import Selection
 from engine.survey import survey
+from engine.text_hashes import text_hashes
 from tests.builders import make_shard
 from tests.test_models import ScriptedModel
 from tests.test_own_encode import own_forward, own_module, static
@@ -341,9 +342,8 @@ def job(tmp_path: Path) -> Job:
 def test_a_job_with_a_row_for_each_chunk_is_whole_and_verified(job):
     """Columns, offsets, the kept text of each chunk, counts of rows and of vectors; every level of verification goes by them."""
     table = pads.dataset(job.out / "data").to_table()
-    names = ["id", "text", "year", "embedding", "chunk_index", "chunk_start", "chunk_end", "_source_row"]
-    assert sorted(table.column_names) == sorted(names)
-    assert table.column_names[-1] == SOURCE_ROW
+    names = ["id", "text", "year", "embedding", "chunk_index", "chunk_start", "chunk_end", SOURCE_ROW]
+    assert table.column_names == ["id", "text", "year", *names[4:7], "embedding", TEXT_HASH, SOURCE_ROW]
     kinds = {name: table.schema.field(name).type for name in names[4:]}
     assert list(kinds.values()) == [pa.int32(), pa.int64(), pa.int64(), pa.int64()]
     per_row: dict[int, int] = {}
@@ -396,7 +396,8 @@ def chunk_table(**changed: list[int]) -> pa.Table:
     arrays = {name: pa.array(values, kinds.get(name, pa.int64())) for name, values in columns.items()}
     size = len(columns[SOURCE_ROW])
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(2 * size, np.float32)), 2)
-    return pa.table({"id": columns[SOURCE_ROW], "embedding": vectors, **arrays})
+    hashes = text_hashes([f"text {row}" for row in columns[SOURCE_ROW]])
+    return pa.table({"id": columns[SOURCE_ROW], "embedding": vectors, TEXT_HASH: hashes, **arrays})
 
 
 @pytest.mark.parametrize(

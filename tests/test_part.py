@@ -11,7 +11,17 @@ import pytest
 
 from engine.errors import CorruptOutput
 from engine.part import check, decode, encode, vectors_of
-from engine.schema import EMBEDDING, PART_METADATA, SOURCE_ROW, CommitRecord, Reject, Usage, content_hash, vectors_type
+from engine.schema import (
+    EMBEDDING,
+    PART_METADATA,
+    SOURCE_ROW,
+    TEXT_HASH,
+    CommitRecord,
+    Reject,
+    Usage,
+    content_hash,
+    vectors_type,
+)
 from tests.builders import FINGERPRINT, USAGE, make_rejects, make_shard, make_table
 
 NAME = "data/part-x.parquet"
@@ -179,6 +189,12 @@ WRONG = {
     "no column _source_row of int64": [
         make_table(make_shard()).drop_columns(SOURCE_ROW),
         replaced(make_table(make_shard()), SOURCE_ROW, make_table(make_shard())[SOURCE_ROW].cast(pa.int32())),
+    ],
+    "no column _text_hash": [make_table(make_shard()).drop_columns(TEXT_HASH)],
+    "_text_hash does not have 16 bytes for each row": [
+        replaced(make_table(make_shard()), TEXT_HASH, pa.array([bytes(16)] * 7 + [None], pa.binary())),
+        replaced(make_table(make_shard()), TEXT_HASH, pa.array([bytes(16)] * 7 + [bytes(17)], pa.binary())),
+        replaced(make_table(make_shard()), TEXT_HASH, pa.array([bytes(16)] * 8, pa.binary(16))),
     ],
     "not in the order of the input": [
         make_table(make_shard()).take([1, 0, *range(2, 8)]),

@@ -30,11 +30,11 @@ from engine.pipeline.datasource import _read
 from engine.pipeline.parcel import unpack
 from engine.pipeline.worker import EmbedWorker, Work
 from engine.quantization import VectorFormat, dequantize, from_arrow, quantize, scale_for, to_arrow, usable
-from engine.schema import EMBEDDING, PART_METADATA, SOURCE_ROW
+from engine.schema import EMBEDDING, PART_METADATA, SOURCE_ROW, TEXT_HASH
 from engine.sources.rows import Selection
 from engine.storage import LocalStorage
 from engine.survey import survey
-from tests.builders import FINGERPRINT, USAGE, make_shard
+from tests.builders import FINGERPRINT, USAGE, hashes_of, make_shard
 from tests.kills import ROOT
 from tests.models import HashModel
 
@@ -126,7 +126,8 @@ def recall(truth: np.ndarray, found: np.ndarray) -> float:
 
 def encoded(kind: VectorFormat, stored: np.ndarray) -> bytes:
     shard = make_shard(len(stored))
-    table = pa.table({"id": range(len(stored)), EMBEDDING: to_arrow(stored, kind), SOURCE_ROW: range(len(stored))})
+    rows = range(len(stored))
+    table = pa.table({"id": rows, EMBEDDING: to_arrow(stored, kind), TEXT_HASH: hashes_of(rows), SOURCE_ROW: rows})
     return encode(table, shard=shard, fingerprint=FINGERPRINT, rejects=[], usage=USAGE, vectors=kind)
 
 
@@ -146,7 +147,7 @@ def test_a_part_says_how_its_vectors_are_stored(dtype):
     value = "uint8" if dtype == "binary" else dtype
     assert features[EMBEDDING]["feature"]["dtype"] == value
     bits = {"float32": 32, "float16": 16, "int8": 8, "binary": 1}[dtype]
-    assert len(data) < 300 * 44 * bits / 8 * 1.1 + 7000
+    assert len(data) < 300 * (44 * bits / 8 * 1.1 + 16) + 7000
 
 
 WRONG: dict[str, tuple[VectorFormat, Any]] = {
@@ -163,7 +164,8 @@ def test_a_part_of_vectors_that_are_none_is_refused(problem):
     """Each type has a check of its own."""
     kind, stored = WRONG[problem]
     column = pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), stored.shape[1])
-    table = pa.table({EMBEDDING: column, SOURCE_ROW: range(len(stored))})
+    rows = range(len(stored))
+    table = pa.table({EMBEDDING: column, TEXT_HASH: hashes_of(rows), SOURCE_ROW: rows})
     shard = make_shard(len(stored))
     data = encode(table, shard=shard, fingerprint=FINGERPRINT, rejects=[], usage=USAGE, vectors=kind)
     with pytest.raises(CorruptOutput, match=problem):

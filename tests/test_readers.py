@@ -16,9 +16,9 @@ import engine
 from engine.config import load_config
 from engine.errors import ConfigError, CorruptOutput
 from engine.ledger import part_name
-from engine.schema import EMBEDDING, SOURCE_ROW, Shard, Usage, vectors_type
+from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Shard, Usage, vectors_type
 from engine.survey import survey
-from tests.builders import write_source
+from tests.builders import hashes_of, write_source
 from tests.kills import ROOT
 from tests.models import HashModel
 
@@ -71,7 +71,9 @@ class Output:
         ids = [f"{shard.file.path[0]}-{row}" for row in rows]
         vectors = vectors_for([f"text {row}" for row in ids])
         embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=vectors_type(8))
-        table = pa.table({"id": ids, EMBEDDING: embedding, SOURCE_ROW: pa.array(rows, pa.int64())})
+        table = pa.table(
+            {"id": ids, EMBEDDING: embedding, TEXT_HASH: hashes_of(rows), SOURCE_ROW: pa.array(rows, pa.int64())}
+        )
         asked.ledger.publish(
             table, shard=shard, fingerprint=asked.job.fingerprint, rejects=[], usage=Usage(created_at="now")
         )
@@ -123,7 +125,7 @@ def test_the_nearest_row_is_found_by_ray(folder):
             check(name)
         rows = engine.read("out", as_="ray").take_all()
         assert sorted(row["id"] for row in rows) == sorted(f"{name}-{row}" for name in "ab" for row in range(50))
-        assert set(rows[0]) == {"id", EMBEDDING, SOURCE_ROW}
+        assert set(rows[0]) == {"id", EMBEDDING, TEXT_HASH, SOURCE_ROW}
     finally:
         ray.shutdown()
 
@@ -139,7 +141,7 @@ def test_rows_come_in_the_order_of_the_input_and_parts_without_a_record_do_not_c
     table = engine.read(tmp_path / "out")
     ids = [f"{name}-{row}" for name in "ab" for row in range(50)]
     assert table["id"].to_pylist() == ids
-    assert table.schema.names == ["id", EMBEDDING, SOURCE_ROW]
+    assert table.schema.names == ["id", EMBEDDING, TEXT_HASH, SOURCE_ROW]
     expected = vectors_for([f"text {row}" for row in ids])
     found, vectors = engine.read(tmp_path / "out", as_="numpy")
     assert list(found) == ids
@@ -181,7 +183,7 @@ def test_a_part_that_is_missing_or_damaged_is_an_error(output, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"columns": ["nothing"]}, "has no column 'nothing'; it has id, embedding, _source_row"),
+        ({"columns": ["nothing"]}, "has no column 'nothing'; it has id, embedding, _text_hash, _source_row"),
         ({"as_": "excel"}, "choose arrow, pandas, polars, numpy, ray"),
         ({"as_": "numpy", "columns": ["id"]}, "leave columns out"),
         ({"mapped": "x.npy"}, "for as_='numpy' alone"),

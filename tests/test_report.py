@@ -25,9 +25,10 @@ from engine.errors import ConfigError
 from engine.ledger import part_name
 from engine.reporting.health import NEAR, health_of
 from engine.reporting.timeline import MAX_SLOTS, Timeline
-from engine.schema import EMBEDDING, SOURCE_ROW, Reject, Shard, Usage, vectors_type
+from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Reject, Shard, Usage, vectors_type
 from engine.survey import survey
 from tests.browser import NoBrowser, browser
+from tests.builders import hashes_of
 
 DIMENSION = 16
 ROWS, SHARD_ROWS = 240, 40
@@ -83,6 +84,7 @@ def make_output(folder: Path, *, keep: tuple[str, ...] = ("text", "subject", "nu
         flat = pa.array(vectors()[rows].reshape(-1))
         table = source.select(["id", *keep]).take(rows)
         table = table.append_column(EMBEDDING, pa.FixedSizeListArray.from_arrays(flat, type=vectors_type(DIMENSION)))
+        table = table.append_column(TEXT_HASH, hashes_of(rows))
         table = table.append_column(SOURCE_ROW, pa.array(rows, pa.int64()))
         asked.ledger.publish(
             table,

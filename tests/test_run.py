@@ -104,7 +104,7 @@ def test_every_row_is_in_the_output_or_in_the_rejects_with_its_reason(texts, tmp
         "the model fails on it: RuntimeError": 1,
     }
     rows = table(tmp_path / "out")
-    assert rows.column_names == ["id", "year", "embedding", "_source_row"]
+    assert rows.column_names == ["id", "year", "embedding", "_text_hash", "_source_row"]
     model = HashModel()
     for row in rows.to_pylist():
         number, position = row["id"].split("-")[1:]

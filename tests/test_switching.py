@@ -22,12 +22,13 @@ from engine.config import JobConfig, load_config
 from engine.errors import EngineError, SourceChanged
 from engine.object_storage import ObjectStorage
 from engine.places import DATA, HELD, SUPERSEDED
-from engine.schema import EMBEDDING, SOURCE_ROW
+from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH
 from engine.sources.formats import read_shards
 from engine.sources.rows import Selection
 from engine.sources.texts import texts_in
 from engine.storage import LocalStorage, open_storage
 from engine.survey import Survey, opened, stored_config, survey
+from engine.text_hashes import text_hashes
 from tests.builders import USAGE, killed_at_each_call, vectors_type
 from tests.models import HashModel
 from tests.object_stores import BUCKET, serving
@@ -91,9 +92,11 @@ def embed(config: JobConfig, most: int | None = None) -> Survey:
 def publish(asked: Survey, most: int | None = None) -> None:
     for shard in asked.standing.plan.pending[:most]:
         rows = next(read_shards([shard], Selection.of(asked.config, asked.job.kept_types)))
-        vectors = np.stack([MODEL.vector(text) for text in texts_in(rows)[0]])
+        texts = texts_in(rows)[0]
+        vectors = np.stack([MODEL.vector(text) for text in texts])
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=vectors_type(vectors.shape[1]))
-        table = pa.table({"id": rows.table["id"], EMBEDDING: column, SOURCE_ROW: rows.table[SOURCE_ROW]})
+        columns = {"id": rows.table["id"], EMBEDDING: column, TEXT_HASH: text_hashes(texts)}
+        table = pa.table(columns | {SOURCE_ROW: rows.table[SOURCE_ROW]})
         asked.ledger.publish(table, shard=shard, fingerprint=asked.job.fingerprint, rejects=[], usage=USAGE)
 
 

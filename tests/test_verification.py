@@ -19,9 +19,10 @@ from engine.config import JobConfig, load_config
 from engine.errors import Refused, SourceChanged
 from engine.ledger import COMMITS, REJECTS, Ledger, part_name, record_name, rejects_name
 from engine.pipeline.publish import Publisher
-from engine.schema import EMBEDDING, SOURCE_ROW, Reject, Shard, Usage, vectors_type
+from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Reject, Shard, Usage, vectors_type
 from engine.storage import LocalStorage
 from engine.survey import survey
+from tests.builders import hashes_of
 from tests.models import HashModel
 
 LEVELS = ("quick", "footers", "full", "sample")
@@ -65,7 +66,8 @@ class Output:
         vectors = asyncio.run(HashModel().embed([f"{name} {row}" for row in rows]))
         vectors = (vectors + noise * np.random.default_rng(0).normal(size=vectors.shape)).astype(np.float32)
         embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=vectors_type(8))
-        table = pa.table({"id": rows, EMBEDDING: embedding, SOURCE_ROW: pa.array(rows, pa.int64())})
+        hashes = hashes_of(rows)
+        table = pa.table({"id": rows, EMBEDDING: embedding, TEXT_HASH: hashes, SOURCE_ROW: pa.array(rows, pa.int64())})
         rejects = [Reject(49, 49, "empty text")] if (name, shard.stop) == ("b", 50) else []
         usage = Usage(created_at="now")
         asked.ledger.publish(table, shard=shard, fingerprint=asked.job.fingerprint, rejects=rejects, usage=usage)

@@ -10,7 +10,7 @@ import pyarrow as pa
 from engine.errors import ConfigError
 from engine.models.embeddings import Chunks
 from engine.quantization import Stored, VectorFormat, to_arrow, usable
-from engine.schema import CHUNK_END, CHUNK_INDEX, CHUNK_START, EMBEDDING, SOURCE_ROW, Reject
+from engine.schema import CHUNK_END, CHUNK_INDEX, CHUNK_START, EMBEDDING, SOURCE_ROW, TEXT_HASH, Reject
 from engine.sources import texts as text_checks
 
 UNFIT = "its vector is too large or too small for {dtype}"
@@ -71,9 +71,10 @@ def with_chunks(rows: pa.Table, texts: Sequence[str], chunks: Chunks, text_colum
     return rows
 
 
-def with_vectors(rows: pa.Table, stored: Stored, kind: VectorFormat) -> pa.Table:
-    """Put `embedding` before `_source_row`, which is the last column of a part."""
-    return rows.add_column(rows.num_columns - 1, EMBEDDING, to_arrow(stored, kind))
+def with_vectors(rows: pa.Table, hashes: pa.Array, stored: Stored, kind: VectorFormat) -> pa.Table:
+    """Put `embedding` and `_text_hash` before `_source_row`, which is the last column of a part."""
+    hashed = rows.add_column(rows.num_columns - 1, TEXT_HASH, hashes)
+    return hashed.add_column(rows.num_columns - 1, EMBEDDING, to_arrow(stored, kind))
 
 
 def rejects_of(rows: pa.Table, reasons: dict[int, str]) -> list[Reject]:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from engine.errors import EngineError, ProviderError, Refused
+from engine.former_vectors import FormerVectors, Found
 from engine.model_config import ModelConfig
 from engine.models import registry
 from engine.models.api.prices import dollars
@@ -28,9 +29,11 @@ from engine.pipeline.parcel import Item, pack, unpack
 from engine.pipeline.part_rows import UNFIT, fitting, rejects_of, with_chunks, with_vectors
 from engine.quantization import Stored, VectorFormat, quantize
 from engine.repeated_ids import num_repeated
+from engine.reuse import ReuseIndex
 from engine.schema import SOURCE_ROW, Usage, utc_now
 from engine.sources import texts as text_checks
 from engine.sources.rows import Rows, Selection
+from engine.text_hashes import numbers_of, text_hashes
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +69,8 @@ class Work:
     """What vectors are stored as."""
     scale: float | None = None
     """Of int8."""
+    reuse: ReuseIndex | None = None
+    """Of parts that may have vectors of the texts already."""
 
 
 class EmbedWorker:
@@ -88,6 +93,7 @@ class EmbedWorker:
             if work.budget is not None:
                 join(self._model, work.budget)
             self._gate = asyncio.Semaphore(self._model.shards_at_once)
+            self._former = FormerVectors.of_model(work.reuse, work.output_dtype, work.scale, self._slug())
         except EngineError as error:
             self._failure = error  # for the first call: of an error in a constructor Ray passes on the text alone
 
@@ -112,46 +118,70 @@ class EmbedWorker:
         """Embed the texts of all items together, so that batches fill up however small the shards are."""
         found = [text_checks.texts_in(Rows(item.table, item.faults)) for item in items]
         all_texts = [text for texts, _, _ in found for text in texts]
-        logger.debug("embedding started: %d texts", len(all_texts))
+        hashes = text_hashes(all_texts)
+        former = self._former.find(numbers_of(hashes)) if self._former else Found.nothing(len(all_texts))
+        new_texts = [all_texts[at] for at in former.missing.tolist()]
+        logger.debug("embedding started: %d texts, %d others have vectors", len(new_texts), len(former.stored))
         try:
-            answer = self._thread.submit(self._answer(all_texts)).result()
+            answer = self._embedded(new_texts)
         except ProviderError:
             if self._work.budget is None:
                 raise
             return [self._left(item) for item in items]  # the budget knows, and ends the run
         logger.debug("embedding done: %d embeddings, %d rejects", len(answer.vectors), len(answer.rejects))
 
+        all_failed = {int(former.missing[at]): why for at, why in answer.rejects.items()}
+        every, kind = self._stored(answer.vectors)
+        if answer.chunks is None:
+            every = former.with_new(every, sorted(all_failed))
         embedded = []
         first_text = first_vector = 0
         for item, (texts, positions, reasons) in zip(items, found, strict=True):
             stop = first_text + len(texts)
-            failed = {at - first_text: why for at, why in answer.rejects.items() if first_text <= at < stop}
+            failed = {at - first_text: why for at, why in all_failed.items() if first_text <= at < stop}
             good = np.array([number for number in range(len(texts)) if number not in failed], np.int64)
-            chunks, vectors = answer.of_texts(first_vector, first_vector + len(good))
+            chunks, of_vectors = answer.places(first_vector, first_vector + len(good))
             first_vector += len(good)
-            stored, kind = self._stored(vectors)
+            stored = every[of_vectors]
             fits = fitting(stored, kind, chunks)
             if not fits.all():
                 failed |= dict.fromkeys(good[~fits].tolist(), UNFIT.format(dtype=kind.dtype))
                 good = good[fits]
-                if chunks is None:
-                    stored = stored[fits]
-                else:
-                    chunks, of_vectors = chunks.taken(np.flatnonzero(fits))
-                    stored = stored[of_vectors]
+                of_fitting: Any = fits
+                if chunks is not None:
+                    chunks, of_fitting = chunks.taken(np.flatnonzero(fits))
+                stored = stored[of_fitting]
             reasons |= {positions[number]: why for number, why in failed.items()}
             rows = self._kept_columns(item)
             survivors = rows if len(good) == rows.num_rows else rows.take(pa.array(np.array(positions, np.int64)[good]))
-            usage = self._usage(answer, (first_text, stop, len(all_texts)), survivors)
+            usage = self._usage(answer, former.span(first_text, stop), survivors)
+            usage = replace(usage, num_reused=former.num_between(first_text, stop))
+            of_rows = hashes.slice(first_text, len(texts))
             if chunks is not None:
                 survivors = with_chunks(
                     survivors, [texts[number] for number in good.tolist()], chunks, self._text_column
                 )
                 usage = replace(usage, num_vectors=survivors.num_rows)
-            table = with_vectors(survivors, stored, kind)
+                good = np.repeat(good, chunks.counts)
+            table = with_vectors(survivors, of_rows.take(pa.array(good)), stored, kind)
             embedded.append(Item(item.shard, table, rejects=rejects_of(rows, reasons), usage=usage, vectors=kind))
             first_text = stop
         return embedded
+
+    def _embedded(self, texts: list[str]) -> Embeddings:
+        """Embed texts; the model is not asked if there are none, and former parts say what its vectors are like."""
+        if not texts and self._former is not None:
+            return Embeddings(np.empty((0, self._former.vectors.dimension), np.float32))
+        answer = self._thread.submit(self._answer(texts)).result()
+        if self._former is not None and answer.vectors.shape[1] != self._former.vectors.dimension:
+            raise Refused(
+                f"the model answers with {answer.vectors.shape[1]} dimensions, and the vectors to be reused have "
+                f"{self._former.vectors.dimension}: leave --reuse out, or use another output folder"
+            )
+        return answer
+
+    def _slug(self) -> str:
+        return self._model.slug() if self._work.model.provider == registry.CUSTOM else ""
 
     def _usage(self, answer: Embeddings, span: tuple[int, int, int], survivors: pa.Table) -> Usage:
         """Return what a shard cost: its share of an answer, by its first text, the one behind its last, and the number of all."""
@@ -169,7 +199,7 @@ class EmbedWorker:
             busy_s=round(answer.busy_s * (after - before), 6),
             device=getattr(self._model, "device", ""),
             backend=getattr(self._model, "backend", ""),
-            slug=self._model.slug() if self._work.model.provider == registry.CUSTOM else "",
+            slug=self._slug(),
             created_at=utc_now(),
             num_repeated_ids=num_repeated(survivors.column(0)) if self._work.id_column else 0,
         )
@@ -183,7 +213,7 @@ class EmbedWorker:
     def _left(self, item: Item) -> Item:
         rows = self._kept_columns(item).slice(0, 0)
         stored, kind = self._stored(np.empty((0, 1), np.float32))
-        return Item(item.shard, with_vectors(rows, stored, kind), is_left=True, vectors=kind)
+        return Item(item.shard, with_vectors(rows, text_hashes([]), stored, kind), is_left=True, vectors=kind)
 
     def _stored(self, vectors: Vectors) -> tuple[Stored, VectorFormat]:
         """Return vectors as they are stored: here, so that no more than that travels to the publisher."""
