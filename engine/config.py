@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from engine.errors import ConfigError
 from engine.model_config import VECTORS, ModelConfig, deciding
-from engine.schema import EMBEDDING, FAULT, SOURCE_ROW, TEXT, TEXT_HASH
+from engine.schema import CHUNK_COLUMNS, EMBEDDING, FAULT, SOURCE_ROW, TEXT, TEXT_HASH
 from engine.template import parse, unescaped
 
 _Config = TypeVar("_Config", bound=BaseModel)
@@ -127,7 +127,9 @@ class JobConfig(ModelConfig):
             raise ValueError(
                 "id_column is the text column, and ids are written into records: name another, or leave it out"
             )
-        made = (EMBEDDING, TEXT_HASH, SOURCE_ROW, TEXT, FAULT, "_manifest", *(() if self.id_column else ("id",)))
+        chunks = CHUNK_COLUMNS if self.long_texts == "chunk-rows" else ()
+        made = (EMBEDDING, TEXT_HASH, SOURCE_ROW, TEXT, FAULT, "_manifest", *chunks)
+        made = made if self.id_column else (*made, "id")
         columns = (*((self.id_column,) if self.id_column else ()), *self.keep)
         for column in columns:
             if column in made:

@@ -7,9 +7,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from engine.config import validated
-from engine.errors import EngineError
+from engine.errors import ConfigError, EngineError
 from engine.model_config import ModelConfig
 from engine.models import registry
+from engine.models.embeddings import ONE_VECTOR
 from engine.models.loop_thread import LoopThread
 from engine.sources.texts import check_list, reject_reason
 
@@ -36,6 +37,8 @@ def embed(texts: Sequence[str], **options: Any) -> Vectors:
         if (reason := reject_reason(text)) is not None:
             raise EngineError(f"text {position} cannot be embedded: {reason}")
     config = registry.suited(validated(ModelConfig, options), sum(map(len, texts)))
+    if config.long_texts == "chunk-rows":
+        raise ConfigError(ONE_VECTOR)
     answer = _embed_aside(_resident(config.model_dump_json()), list(texts))
     if answer.rejects:
         position, reason = min(answer.rejects.items())

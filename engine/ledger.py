@@ -148,7 +148,7 @@ class Ledger(Records):
             CommitConflict: If a record is there that says something else.
         """
         name = part_name(shard.id)
-        check(table, shard=shard, rejects=rejects, name=name, vectors=vectors)
+        check(table, shard=shard, rejects=rejects, name=name, vectors=vectors, num_vectors=usage.num_vectors)
         data = encode(table, shard=shard, fingerprint=fingerprint, rejects=rejects, usage=usage, vectors=vectors)
         checked = decode(data, name)
         self._fix_vectors(checked)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from engine.arguments import check_arguments
 
 DEFAULT_MODEL = "sentence-transformers:all-MiniLM-L6-v2"
+LongTexts = Literal["truncate", "chunk", "chunk-rows", "reject"]
 VECTORS: dict[str, Any] = {"decides": "vectors"}
 """Marks a field that decides the vectors."""
 
@@ -72,10 +73,16 @@ class ModelConfig(BaseModel):
     input_type: Literal["search_document", "search_query", "classification", "clustering"] = Field(
         "search_document", description="what the vectors are for (Cohere)", json_schema_extra=VECTORS
     )
-    long_texts: Literal["truncate", "chunk", "reject"] = Field(
+    long_texts: LongTexts = Field(
         "truncate",
-        description="what an API is sent of texts that are longer than its model takes: the beginning (truncate), "
-        "overlapping pieces whose vectors are averaged (chunk), or nothing (reject)",
+        description="what becomes of texts that are longer than the model takes: their beginning is embedded (truncate); "
+        "overlapping chunks, whose vectors are averaged (chunk) or, of local models, get a row each (chunk-rows); or nothing (reject)",
+        json_schema_extra=VECTORS,
+    )
+    chunk_overlap: int | None = Field(
+        None,
+        ge=0,
+        description="tokens that a chunk of a local model shares with the one before; by default a sixteenth of what the model takes",
         json_schema_extra=VECTORS,
     )
     base_url: str | None = Field(

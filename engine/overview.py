@@ -25,6 +25,8 @@ def status(output: str) -> StatusResult:
         totals["rows"] += record.num_rows
         totals["rejects"] += record.num_rejects
         totals["tokens"] += record.usage.num_tokens
+        totals["lost"] += record.usage.num_lost_tokens
+        totals["vectors"] += record.num_vectors
         totals["bytes"] += record.num_bytes
         totals["repeated_ids"] += record.usage.num_repeated_ids
         totals["reused"] += record.usage.num_reused
@@ -61,6 +63,10 @@ def status(output: str) -> StatusResult:
         output_dtype=str(job.config.get("output_dtype", "float32")),
         num_repeated_ids=totals["repeated_ids"],
         num_reused=totals["reused"],
+        num_vectors=totals["vectors"],
+        num_duplicates=totals["num_duplicates"],
+        num_long=totals["num_long"],
+        num_lost_tokens=totals["lost"],
     )
 
 

@@ -15,11 +15,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from engine.errors import CorruptOutput
 from engine.quantization import BITS, Stored, VectorFormat, dequantize, from_arrow, usable
 from engine.schema import (
+    CHUNK_COLUMNS,
+    CHUNK_END,
+    CHUNK_INDEX,
+    CHUNK_START,
     EMBEDDING,
     PART_METADATA,
     SOURCE_ROW,
@@ -97,7 +102,9 @@ def encode(
         table.schema,
         compression="zstd",
         # Floats and hashes do not repeat: a dictionary of them costs time and saves nothing. Bytes do, and Parquet's plain integers have four.
-        use_dictionary=[name for name in table.column_names if name not in (EMBEDDING, TEXT_HASH, SOURCE_ROW)]
+        use_dictionary=[
+            name for name in table.column_names if name not in (EMBEDDING, TEXT_HASH, SOURCE_ROW, *CHUNK_COLUMNS[1:])
+        ]
         + ([_NUMBERS] if vectors.dtype in ("int8", "binary") else []),
         write_page_checksum=True,
         store_schema=True,
@@ -133,7 +140,7 @@ def decode(data: bytes, name: str) -> Part:
         vectors = VectorFormat(**about["vectors"])
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptOutput(f"the part {name} cannot be read back ({type(error).__name__})") from None
-    check(table, shard=shard, rejects=rejects, name=name, vectors=vectors)
+    check(table, shard=shard, rejects=rejects, name=name, vectors=vectors, num_vectors=usage.num_vectors)
     record = CommitRecord(
         shard_id=shard.id,
         fingerprint=fingerprint,
@@ -142,7 +149,7 @@ def decode(data: bytes, name: str) -> Part:
         version=file.version,
         start=shard.start,
         stop=shard.stop,
-        num_rows=table.num_rows,
+        num_rows=len(shard) - len(rejects),
         num_rejects=len(rejects),
         reasons=count_reasons(rejects),
         dimension=vectors.dimension,
@@ -168,17 +175,33 @@ def _sealed(data: bytes) -> bytes:
 
 
 def check(
-    table: pa.Table, *, shard: Shard, rejects: Sequence[Reject], name: str, vectors: VectorFormat | None = None
+    table: pa.Table,
+    *,
+    shard: Shard,
+    rejects: Sequence[Reject],
+    name: str,
+    vectors: VectorFormat | None = None,
+    num_vectors: int = 0,
 ) -> None:
     """
     Check that a table and its rejects are the rows of `shard`, each once and in order, with vectors that can be used.
 
-    The format of the vectors is by default what the type of their column tells.
+    Args:
+        table: Of the part.
+        shard: Whose rows it should have.
+        rejects: The rows that it should lack.
+        name: Of the part, for messages.
+        vectors: How they are stored; by default what the type of their column tells.
+        num_vectors: Rows of a table that has one for each chunk of a text, in order; 0 if each text has one.
 
     Raises:
         CorruptOutput: Says what is wrong.
     """
-    problem = _row_problem(table, shard, rejects) or _hash_problem(table) or _vector_problem(table, vectors)
+    if num_vectors:
+        problem = _chunk_problem(table, num_vectors) or _row_problem(_texts_alone(table), shard, rejects)
+    else:
+        problem = _row_problem(table, shard, rejects)
+    problem = problem or _hash_problem(table) or _vector_problem(table, vectors)
     if problem:
         raise CorruptOutput(f"the part {name} of rows {shard.start} to {shard.stop} of {shard.file.path}: {problem}")
 
@@ -226,6 +249,30 @@ def _hash_problem(table: pa.Table) -> str | None:
     except ValueError:
         return f"its column {TEXT_HASH} does not have 16 bytes for each row"
     return None
+
+
+def _chunk_problem(table: pa.Table, num_vectors: int) -> str | None:
+    """Say what is wrong with the order of chunks; whether each text is there is another question."""
+    if table.num_rows != num_vectors:
+        return f"it has {table.num_rows} rows instead of {num_vectors}"
+    kinds = {CHUNK_INDEX: pa.int32(), CHUNK_START: pa.int64(), CHUNK_END: pa.int64(), SOURCE_ROW: pa.int64()}
+    for name, kind in kinds.items():
+        if name not in table.column_names or table.schema.field(name).type != kind:
+            return f"it has no column {name} of {kind}"
+        if table.column(name).null_count:
+            return f"a {name} is missing"
+    index, start, end, row = (np.asarray(table.column(name)) for name in kinds)
+    is_next = np.concatenate([[False], np.diff(row) == 0])
+    if not np.array_equal(index, np.where(is_next, np.concatenate([[0], index[:-1] + 1]), 0)):
+        return f"its {CHUNK_INDEX} does not count the chunks of each row from 0"
+    if np.any(start < 0) or np.any(start >= end) or np.any(np.diff(start)[is_next[1:]] < 0):
+        return "its chunks are not in the order of their text"
+    return None
+
+
+def _texts_alone(table: pa.Table) -> pa.Table:
+    """Return the source rows of the first chunks: each text's, once."""
+    return table.select([SOURCE_ROW]).filter(pc.equal(table.column(CHUNK_INDEX), 0))
 
 
 def _vector_problem(table: pa.Table, vectors: VectorFormat | None) -> str | None:

@@ -99,6 +99,14 @@ class RunResult(Result):
     """Whose new rows took the place of the former ones."""
     num_reused: int = 0
     """Rows of this run whose vector was taken from another part, since their text is the same."""
+    num_vectors: int = 0
+    """More than `num_rows` if each chunk of a text has one."""
+    num_duplicates: int = 0
+    """Texts that did not go through the model, since others of their shard are the same."""
+    num_long: int = 0
+    """Texts that were cut, or embedded in chunks."""
+    num_lost_tokens: int = 0
+    """Of those that were cut."""
 
     def lines(self) -> dict[str, str]:
         """Say what a run did, and what is left."""
@@ -111,6 +119,8 @@ class RunResult(Result):
             lines["rejected"] = rejects(self.num_rejects, self.reasons)
             if self.num_repeated_ids:
                 lines["ids"] = repeated_ids(self.num_repeated_ids)
+            if self.provider is None:
+                lines |= texts_lines(self)
             lines["speed"] = (
                 f"{self.rows_per_s:,.1f} rows/s on {self.num_actors} x {self.device or 'custom model'}"
                 f"{f' with {self.backend}' if self.backend else ''}; "
@@ -130,6 +140,21 @@ class RunResult(Result):
         lines["left"] = count(self.pending_rows, "row") if self.pending_rows else "nothing"
         lines["output"] = f"{self.output}/data/*.parquet"
         return lines
+
+
+def texts_lines(result: RunResult | StatusResult) -> dict[str, str]:
+    """Say what became of texts in a model that runs here: the same ones, and those that are longer than it takes."""
+    said = []
+    if result.num_duplicates:
+        said.append(f"{count(result.num_duplicates, 'duplicate')} embedded with others")
+    if result.num_long:
+        how = "in chunks"
+        if result.num_vectors > result.num_rows:
+            how = f"in {count(result.num_vectors - result.num_rows + result.num_long, 'chunk')}"
+        elif result.num_lost_tokens:
+            how = f"cut, {count(result.num_lost_tokens, 'token')} lost"
+        said.append(f"{count(result.num_long, 'long text')} {how}")
+    return {"texts": "; ".join(said)} if said else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +187,11 @@ class StatusResult(Result):
     """Rows whose id another row of their shard has before them; `verify` at level full counts over all shards."""
     num_reused: int = 0
     """Rows whose vector was taken from another part, since their text is the same."""
+    num_vectors: int = 0
+    """More than `num_rows` if each chunk of a text has one."""
+    num_duplicates: int = 0
+    num_long: int = 0
+    num_lost_tokens: int = 0
 
     def lines(self) -> dict[str, str]:
         """Say where an output stands."""
@@ -175,6 +205,7 @@ class StatusResult(Result):
             **({"reused": reused(self.num_reused)} if self.num_reused else {}),
             "rejected": rejects(self.num_rejects, self.reasons),
             **({"ids": repeated_ids(self.num_repeated_ids)} if self.num_repeated_ids else {}),
+            **({} if self.provider else texts_lines(self)),
             "vectors": f"{self.dimension} dimensions, {stored_as}{size(self.num_bytes)}",
             "took": f"{count(self.num_tokens, 'token')}, {duration(self.embed_s)} of model time",
             **(self.provider.lines() if self.provider else {}),

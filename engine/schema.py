@@ -30,6 +30,8 @@ FAULT = "_fault"
 TEXT_HASH = "_text_hash"
 """Of the text as it goes to the model: 16 bytes, see `engine.text_hashes`."""
 SOURCE_ROW = "_source_row"
+CHUNK_INDEX, CHUNK_START, CHUNK_END = CHUNK_COLUMNS = ("chunk_index", "chunk_start", "chunk_end")
+"""Of outputs with a row for each chunk of a text (`--long-texts chunk-rows`): int32, and character offsets into the text, int64."""
 MAX_REASONS = 20
 """That a record tells apart."""
 OTHER_REASONS = "other reasons"
@@ -134,13 +136,17 @@ class Usage:
     num_refusals: int = 0
     num_retries: int = 0
     num_duplicates: int = 0
-    """Texts that were not sent, since others of the shard are the same."""
+    """Texts that did not go through the model, since others of the shard are the same."""
     num_long: int = 0
     """Texts that were cut, or embedded in chunks."""
     num_repeated_ids: int = 0
     """Rows whose id another row of the shard has before them."""
     num_reused: int = 0
     """Rows whose vector was taken from another part: their texts are the same."""
+    num_lost_tokens: int = 0
+    """Of the texts that were cut: tokens that are not in their vectors. Those of very long texts are estimated; 0 for APIs."""
+    num_vectors: int = 0
+    """Of a shard with a row for each chunk of a text: its rows in the part; 0 where each text has one."""
     cost: float | None = None
     """Dollars; None if nobody knows the price."""
     device: str = ""
@@ -186,12 +192,18 @@ class CommitRecord:
     start: int
     stop: int
     num_rows: int
+    """Of the source, that have a vector, or several: see `num_vectors`."""
     num_rejects: int
     reasons: dict[str, int]
     dimension: int
     num_bytes: int
     checksum: str
     usage: Usage
+
+    @property
+    def num_vectors(self) -> int:
+        """Rows of the part: more than `num_rows` where each chunk of a text has one."""
+        return self.usage.num_vectors or self.num_rows
 
     def to_bytes(self) -> bytes:
         """Return the record as it is stored."""
@@ -243,6 +255,9 @@ class Receipt:
     """Dollars; None if nobody knows the price."""
     num_repeated_ids: int = 0
     num_reused: int = 0
+    num_lost_tokens: int = 0
+    num_vectors: int = 0
+    """Rows of the part."""
 
     @classmethod
     def of(cls, record: CommitRecord, outcome: str) -> Receipt:
@@ -268,6 +283,8 @@ class Receipt:
             cost=record.usage.cost,
             num_repeated_ids=record.usage.num_repeated_ids,
             num_reused=record.usage.num_reused,
+            num_lost_tokens=record.usage.num_lost_tokens,
+            num_vectors=record.num_vectors,
         )
 
     @classmethod

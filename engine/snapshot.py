@@ -43,7 +43,7 @@ class LivePart:
     """The first row of its shard."""
     shard_id: str
     num_rows: int
-    """Of the part: those of its shard, less the rejects."""
+    """Of the part: those of its shard, less the rejects; more where each chunk of a text has one."""
 
 
 class Snapshot:
@@ -72,7 +72,7 @@ class Snapshot:
         """
         records = ledger.records(sorted(ledger.live()), former=True)
         parts = sorted(
-            (LivePart(record.path, record.start, record.shard_id, record.num_rows) for record in records),
+            (LivePart(record.path, record.start, record.shard_id, record.num_vectors) for record in records),
             key=lambda part: (part.path, part.start, part.shard_id),
         )
         if not parts:

@@ -22,7 +22,7 @@ SAME_PARCEL_S = 0.05
 """Receipts this close came in one parcel."""
 MAX_REASONS = 100
 ASKED = ("num_requests", "num_refusals", "num_retries", "num_duplicates", "num_long")
-"""What is counted of a provider."""
+"""What is counted of a provider; the last two of local models too."""
 
 
 @dataclass(slots=True)
@@ -36,6 +36,8 @@ class Tally:
     num_rows: int = 0
     num_rejects: int = 0
     num_tokens: int = 0
+    num_lost_tokens: int = 0
+    num_vectors: int = 0
     num_shards: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     devices: set[str] = field(default_factory=set)
@@ -51,7 +53,7 @@ class Tally:
     interrupted: bool = False
     stopped: str = ""
     asked: Counter[str] = field(default_factory=Counter)
-    """Of a provider: requests, refusals, retries, duplicates, long texts."""
+    """Of a provider: requests, refusals, retries; of any model: duplicates, long texts."""
     cost: float | None = None
     limits: Limits = field(default_factory=Limits)
     num_repeated_ids: int = 0
@@ -67,6 +69,8 @@ class Tally:
         self.num_rows += receipt.num_rows
         self.num_rejects += receipt.num_rejects
         self.num_tokens += receipt.num_tokens
+        self.num_lost_tokens += receipt.num_lost_tokens
+        self.num_vectors += receipt.num_vectors
         self.num_shards += 1
         self.num_repeated_ids += receipt.num_repeated_ids
         self.num_reused += receipt.num_reused
@@ -141,6 +145,10 @@ class Tally:
             provider=self._provider_use(),
             num_repeated_ids=self.num_repeated_ids,
             num_reused=self.num_reused,
+            num_vectors=self.num_vectors,
+            num_duplicates=self.asked["num_duplicates"],
+            num_long=self.asked["num_long"],
+            num_lost_tokens=self.num_lost_tokens,
             warnings=list(asked.standing.warnings),
         )
 

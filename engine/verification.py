@@ -30,7 +30,18 @@ from engine.part import Part, format_of, vectors_of
 from engine.quantization import dequantize, quantize
 from engine.repeated_ids import RepeatedIds
 from engine.results import Finding, VerifyResult
-from engine.schema import EMBEDDING, PART_METADATA, SOURCE_ROW, START, TEXT, CommitRecord, InputFile, Shard
+from engine.schema import (
+    CHUNK_END,
+    CHUNK_START,
+    EMBEDDING,
+    PART_METADATA,
+    SOURCE_ROW,
+    START,
+    TEXT,
+    CommitRecord,
+    InputFile,
+    Shard,
+)
 from engine.sources import in_memory, indexes
 from engine.sources.formats import read_shards
 from engine.sources.inventory import location_of
@@ -202,6 +213,8 @@ class _Check:
         lowest = 1.0
         with asyncio.Runner() as loop:
             anywhere = config.of_model().model_copy(update={"device": "auto", "backend": "auto"})
+            if config.long_texts == "chunk-rows":  # chunks are looked at one by one, and fit as they are
+                anywhere = anywhere.model_copy(update={"long_texts": "truncate", "chunk_overlap": None})
             model = registry.build(registry.suited(anywhere, num_bytes=0))
             for shard_id in chosen:
                 stored = self._ledger.part(shard_id)
@@ -260,7 +273,7 @@ class _Check:
         if kind != vectors.arrow_type or vectors.dtype != self._job.config.get("output_dtype", "float32"):
             yield f"the column {EMBEDDING} of {name} is {kind}, which is not what the job and the part say"
         stored = (about["fingerprint"], about["shard"]["id"], num_rows, len(about["rejects"]), vectors.dimension)
-        if stored != (record.fingerprint, record.shard_id, record.num_rows, record.num_rejects, record.dimension):
+        if stored != (record.fingerprint, record.shard_id, record.num_vectors, record.num_rejects, record.dimension):
             yield f"the footer of {name} does not say what its commit record says"
 
     def _content_problems(self, record: CommitRecord, shard_id: str) -> Iterator[str]:
@@ -298,7 +311,7 @@ def _lowest_cosine(stored: Part, picked: list[int], again: Vectors) -> float:
 def _texts_of(
     stored: Part, picked: list[int], root: str, base: str, selection: Selection, known: indexes.Known
 ) -> list[str]:
-    """Read the texts of some of a part's rows from its input."""
+    """Read the texts of some of a part's rows from its input; of a part of chunks, theirs."""
     record = stored.record
     if base == MEMORY:
         file = in_memory.file_of(root, record)
@@ -309,4 +322,8 @@ def _texts_of(
     shard = Shard(record.shard_id, file, record.start, record.stop, place)
     wanted = np.asarray(stored.table.column(SOURCE_ROW))[picked] - record.start
     column = next(read_shards([shard], selection)).table.column(TEXT)
-    return split(values_of(column.take(pa.array(wanted, pa.int64()))))[0]
+    texts = split(values_of(column.take(pa.array(wanted, pa.int64()))))[0]
+    if not record.usage.num_vectors:
+        return texts
+    starts, stops = (np.asarray(stored.table.column(name))[picked].tolist() for name in (CHUNK_START, CHUNK_END))
+    return [text[start:stop] for text, start, stop in zip(texts, starts, stops, strict=True)]

@@ -21,6 +21,7 @@ DECIDES = {
     "model_args",
     "input_type",
     "long_texts",
+    "chunk_overlap",
     "dtype",
     "max_length",
     "dimensions",
@@ -232,7 +233,16 @@ def test_the_fingerprint_has_what_decides_vectors_and_nothing_else():
 def test_the_fingerprint_has_only_what_the_model_goes_by():
     """A setting of other models can neither change these vectors nor make an output of them another's."""
     of_job = {"text_column", "text_rows", "output_dtype"}
-    local = {"dtype", "max_length", "dimensions", "normalize", "prompt", "trust_remote_code"}
+    local = {
+        "dtype",
+        "max_length",
+        "dimensions",
+        "normalize",
+        "prompt",
+        "trust_remote_code",
+        "long_texts",
+        "chunk_overlap",
+    }
     assert load().settings(LOCAL).keys() == local | of_job
     assert load().settings(OPENAI).keys() == {"model_args", "long_texts", "dimensions", "prompt"} | of_job
 

@@ -24,6 +24,7 @@ from engine.errors import (
     SourceChanged,
     SourceError,
 )
+from tests.builders import write_source
 from tests.kills import wait_until
 from tests.models import HashModel
 
@@ -384,3 +385,31 @@ def test_a_job_that_no_node_can_hold_says_so_and_ends(texts, tmp_path, caplog):
     assert {"engine", "python", "ray"} <= outcomes[1]["versions"].keys()
     run(texts, tmp_path / "out")
     assert len(list((tmp_path / "out/_engine/runs").iterdir())) == 2, "a run with nothing to do leaves no summary"
+
+
+def test_long_texts_get_a_row_for_each_chunk(tmp_path):
+    """The whole job: rows of chunks in the parts, counts of rows and vectors in the result, verified, and nothing left to do."""
+    long = " ".join(f"word {number}" for number in range(400))
+    write_source(tmp_path / "in/a.parquet", {"id": list("abcdef"), "text": ["one", long, "", long, "two", "one"]})
+    options = {
+        "model": MINILM,
+        "model_args": {},
+        "long_texts": "chunk-rows",
+        "backend": "torch",
+        "num_actors": 1,
+        "shard_rows": 4,
+    }
+    result = run(tmp_path / "in", tmp_path / "out", **options)
+    rows = table(tmp_path / "out")
+    assert (result.num_rows, result.num_rejects, result.num_vectors) == (5, 1, rows.num_rows)
+    assert (result.num_long, result.num_lost_tokens) == (2, 0)
+    assert f"2 long texts in {rows.num_rows - 3} chunks" in result.lines()["texts"]
+    for row in rows.to_pylist():
+        assert (row["chunk_index"] == 0) == (row["chunk_start"] == 0)
+        assert row["id"] == "abcdef"[row["_source_row"]]
+    ends = {row["id"]: row["chunk_end"] for row in rows.to_pylist()}
+    assert ends == {"a": 3, "b": len(long), "d": len(long), "e": 3, "f": 3}
+    assert engine.verify(tmp_path / "out", "full").ok
+    assert engine.verify(tmp_path / "out", "sample").ok
+    again = run(tmp_path / "in", tmp_path / "out", **options)
+    assert (again.num_rows, again.done_before_rows, again.num_vectors) == (0, 6, 0)

@@ -19,6 +19,7 @@ from engine.model_config import DEFAULT_MODEL, ModelConfig
 from engine.models import registry
 from engine.models.base import BaseEmbeddingModel as EngineModel
 from engine.models.base import Vectors
+from engine.models.embeddings import ONE_VECTOR
 from engine.models.loop_thread import LoopThread
 from engine.models.openai import OpenAIEmbeddingModel as EngineOpenAI
 from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel as EngineSentenceTransformer
@@ -59,6 +60,8 @@ class EngineEmbeddingModel(BaseEmbeddingModel):  # type: ignore[misc] # Kura has
             model = registry.build(validated(ModelConfig, {"model": model, **options}))
         elif options:
             raise ConfigError(f"{', '.join(sorted(options))}: the model is built already; give them to its class")
+        if getattr(model, "long_texts", "") == "chunk-rows":
+            raise ConfigError(ONE_VECTOR)
         self.model = model
         self._slots = asyncio.Semaphore(max(1, model.shards_at_once))
         self._thread = LoopThread("engine-kura")

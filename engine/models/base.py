@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -13,13 +13,15 @@ import numpy.typing as npt
 
 from engine.errors import ConfigError, InputRejected, ProviderError
 from engine.model_config import ModelConfig
+from engine.models.duplicates import Distinct
+from engine.models.embeddings import Embeddings as Embeddings
+from engine.models.embeddings import Ints as Ints
+from engine.models.embeddings import Vectors as Vectors
 
 if TYPE_CHECKING:
     from engine.models.api.budget import BudgetPort
 
 logger = logging.getLogger(__name__)
-
-Vectors = npt.NDArray[np.float32]
 
 PROBE = "The quick brown fox jumps over the lazy dog."
 """A text that every model embeds. When one text fails alone, this one tells whether the text or the model is at fault."""
@@ -40,34 +42,6 @@ class Needs:
     """Of an actor: one on the device, one that is ready for it, one that leaves."""
     actors: int | None = None
     """How many are enough; None for as many as there is room for."""
-
-
-@dataclass(slots=True)
-class Embeddings:
-    """The answer to a list of texts."""
-
-    vectors: Vectors
-    """Shape (texts less rejects, dimension), float32, in the order of the texts."""
-    rejects: dict[int, str] = field(default_factory=dict)
-    """The reason for each position among the texts that has no vector."""
-    num_tokens: int = 0
-    """Tokens that went through the model, as the model counts them; 0 if it does not."""
-    num_padded_tokens: int = 0
-    """The same with padding: what its device computed."""
-    held_s: float = 0.0
-    """Seconds for which the device was these texts': from the end of the ones before; 0 if the model does not say."""
-    busy_s: float = 0.0
-    """Of these, the seconds in which the device computed."""
-    num_requests: int = 0
-    """That were sent to a provider."""
-    num_refusals: int = 0
-    """Of them, those to which the provider asked to wait."""
-    num_retries: int = 0
-    """Of them, those that had failed before."""
-    num_duplicates: int = 0
-    """Texts that were not sent, since others are the same."""
-    num_long: int = 0
-    """Texts that were cut, or embedded in chunks, since they are longer than the model takes."""
 
 
 class BadAnswer(Exception):
@@ -168,7 +142,7 @@ class BaseEmbeddingModel(ABC):
 
     async def embed_rows(self, texts: Sequence[str]) -> Embeddings:
         """
-        Embed texts and check every vector; a text that fails alone is rejected, its neighbours are embedded.
+        Embed texts, those that are the same once, and check every vector; a text that fails alone is rejected.
 
         Args:
             texts: Neither empty nor blank.
@@ -176,6 +150,11 @@ class BaseEmbeddingModel(ABC):
         Raises:
             ProviderError: If the model fails whatever the text. Nothing is rejected then.
         """
+        distinct = Distinct.of(texts)
+        return distinct.spread(await self.embed_distinct(distinct.texts))
+
+    async def embed_distinct(self, texts: Sequence[str]) -> Embeddings:
+        """Embed texts of which no two are the same, as `embed_rows` says."""
         vectors: Vectors | None = None
         has_vector = np.zeros(len(texts), bool)
         rejects: dict[int, str] = {}
@@ -220,9 +199,13 @@ class BaseEmbeddingModel(ABC):
             await self._checked([PROBE])
         return self._dimension or 0
 
+    async def _raw(self, texts: list[str]) -> Any:
+        """Return the model's answer to texts that it takes as they are."""
+        return await self.embed(texts)
+
     async def _checked(self, texts: list[str]) -> Vectors:
         """Return the model's answer as an array, or raise `BadAnswer` if it is not one vector of one length for each text."""
-        answer = await self.embed(texts)
+        answer = await self._raw(texts)
         try:
             array = np.asarray(answer, dtype=np.float32)
         except (TypeError, ValueError):

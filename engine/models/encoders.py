@@ -43,10 +43,18 @@ class Encoder(ABC):
 
     backend_name: str
     device: str
+    tokenizer: Tokenizer | None = None
+    """That it goes by, if it is its own."""
 
     @abstractmethod
-    def __call__(self, texts: Sequence[str]) -> Encoded:
-        """Encode texts that are neither empty nor blank. What concerns single texts is told, not raised."""
+    def __call__(self, texts: Sequence[str], tokens: Tokens | None = None) -> Encoded:
+        """
+        Encode texts. What concerns single texts is told, not raised.
+
+        Args:
+            texts: Neither empty nor blank.
+            tokens: Of the texts, by `tokenizer`, if they are known already.
+        """
 
     def close(self) -> None:
         """Release threads; the encoder is not used afterwards."""
@@ -72,14 +80,16 @@ class PackedEncoder(Encoder):
         self.backend_name = backend.name
         self.device = backend.device
         self.budget = budget
-        self._tokenizer = tokenizer
+        self.tokenizer: Tokenizer = tokenizer
         self._queue = DeviceQueue(backend)
         self._max_rows = max_rows
 
-    def __call__(self, texts: Sequence[str]) -> Encoded:
+    def __call__(self, texts: Sequence[str], tokens: Tokens | None = None) -> Encoded:
         """Encode texts; only their tokens and their vectors are held as a whole."""
-        tokens = self._tokenizer(texts)
+        tokens = self.tokenizer(texts) if tokens is None else tokens
         encoded = Encoded(np.empty((len(texts), 0), np.float32))
+        encoded.lost = {at: int(tokens.lost[at]) for at in np.flatnonzero(tokens.lost).tolist()}
+        encoded.num_long, encoded.num_lost_tokens = len(encoded.lost), sum(encoded.lost.values())
         giants: list[Positions] = []
         with self.budget.trial(int(tokens.starts[-1])) as budgets:
             todo = self._packed(tokens, np.arange(len(texts)), budgets)
@@ -109,7 +119,7 @@ class PackedEncoder(Encoder):
     def _filled(self, tokens: Tokens, packed: Sequence[tuple[int, Positions]]) -> Iterator[Batch]:
         num_shares = max(self._queue.backend.num_streams // max(len(packed), 1), 1)
         for budget, positions in packed:
-            ids, mask = tokens.padded(positions, pad_id=self._tokenizer.pad_id, pad_left=self._tokenizer.pad_left)
+            ids, mask = tokens.padded(positions, pad_id=self.tokenizer.pad_id, pad_left=self.tokenizer.pad_left)
             yield Batch(positions, ids, mask, budget, num_shares)
 
     def _run(
@@ -169,7 +179,7 @@ class OwnEncoder(Encoder):
         self._num_tokens = self._num_padded_tokens = 0
         model.register_forward_pre_hook(self._count_tokens)
 
-    def __call__(self, texts: Sequence[str]) -> Encoded:
+    def __call__(self, texts: Sequence[str], tokens: Tokens | None = None) -> Encoded:  # noqa: ARG002 - of others
         """Encode texts as the model's authors meant it."""
         if not texts:  # of which some make no array of two dimensions
             return Encoded(np.empty((0, 0), np.float32))

@@ -20,10 +20,12 @@ from engine.models.cores import num_cores
 from engine.models.encoders import Encoder, OwnEncoder, PackedEncoder
 from engine.models.token_budget import TokenBudget
 from engine.models.tokens import PROBES, Tokenizer, Tokens
+from engine.models.windows import Fitter
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from engine.model_config import LongTexts
     from engine.models.backends.base import Backend
 
 logger = logging.getLogger(__name__)
@@ -144,6 +146,26 @@ def encoder(
         why = chosen.why
     _log(model, backend.device, backend.name, dtype, why)
     return PackedEncoder(tokenizer, backend, TokenBudget(chosen.kind, batch_tokens), max_rows)
+
+
+def fitter(
+    model: SentenceTransformer, encoder: Encoder, *, prompt: str | None, how: LongTexts, overlap: int | None
+) -> Fitter | None:
+    """
+    Return what finds the texts that are too long, and their chunks; None if they are truncated, which encoders do themselves.
+
+    Raises:
+        ConfigError: If nothing tells how many tokens the model takes of a text, or chunks would hold too little.
+    """
+    if how == "truncate":
+        return None
+    tokenizer = encoder.tokenizer or Tokenizer.beside(model, prompt)
+    if tokenizer is None:
+        raise ConfigError(
+            f"long_texts: {how} needs the model's tokenizer, and {_name(model)} has none that tells what it makes of a text; "
+            "only truncate is possible"
+        )
+    return Fitter(tokenizer, how, overlap)
 
 
 def _converted(model: SentenceTransformer, tokenizer: Tokenizer, dtype: str) -> Backend | None:

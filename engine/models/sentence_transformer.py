@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import ConfigError
-from engine.model_config import ModelConfig
+from engine.errors import ConfigError, InputRejected
+from engine.model_config import LongTexts, ModelConfig
 from engine.models import model_files
-from engine.models.base import BaseEmbeddingModel, Embeddings, usable
+from engine.models.base import BaseEmbeddingModel, usable
+from engine.models.embeddings import ONE_VECTOR, Embeddings
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from engine.models.base import Vectors
     from engine.models.encoders import Encoded
+    from engine.models.tokens import Tokens
 
 SHARDS_AT_ONCE = 3
 """One on the device, the next one tokenized and waiting for it, and the one before on its way out."""
@@ -42,6 +44,9 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
         dimensions: Keep the first so many dimensions, and normalise again.
         normalize: Scale each vector to length 1, if the model does not.
         prompt: Put before every text.
+        long_texts: What becomes of texts of more tokens than the model takes: truncate; chunk, which averages the vectors of overlapping
+            chunks by their tokens, and scales the mean to length 1 if their vectors have it; chunk-rows, which keeps each of them; or reject.
+        chunk_overlap: Tokens that a chunk shares with the one before.
         revision: Branch, tag or commit on the Hub.
         trust_remote_code: Run code that comes with the model.
 
@@ -52,7 +57,7 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
     options = frozenset(
         {
             "model", "batch_size", "device", "backend", "batch_tokens", "dtype", "max_length", "dimensions", "normalize",
-            "prompt", "revision", "trust_remote_code",
+            "prompt", "long_texts", "chunk_overlap", "revision", "trust_remote_code",
         }
     )  # fmt: skip
     shards_at_once = SHARDS_AT_ONCE
@@ -70,6 +75,8 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
         dimensions: int | None = None,
         normalize: bool = False,
         prompt: str | None = None,
+        long_texts: LongTexts = "truncate",
+        chunk_overlap: int | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -89,8 +96,17 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
         self._encoder = local.encoder(
             model, chosen, dtype=dtype, prompt=prompt, max_rows=model_batch_size, batch_tokens=batch_tokens
         )
+        self.long_texts = long_texts
+        self._fitter = local.fitter(model, self._encoder, prompt=prompt, how=long_texts, overlap=chunk_overlap)
         self.device = self._encoder.device
         self.backend = self._encoder.backend_name
+
+    @classmethod
+    def check_options(cls, config: ModelConfig) -> None:
+        """Refuse options that the model does not go by, and an overlap of no chunks."""
+        super().check_options(config)
+        if config.chunk_overlap is not None and config.long_texts not in ("chunk", "chunk-rows"):
+            raise ConfigError("chunk_overlap: it is for --long-texts chunk and chunk-rows; leave it out")
 
     @classmethod
     def pinned(cls, config: ModelConfig) -> ModelConfig:
@@ -134,6 +150,8 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
             dimensions=config.dimensions,
             normalize=config.normalize,
             prompt=config.prompt,
+            long_texts=config.long_texts,
+            chunk_overlap=config.chunk_overlap,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
         )
@@ -143,25 +161,43 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
         return self._slug
 
     async def embed(self, texts: list[str]) -> npt.NDArray[Any]:
-        """Return an array of shape (len(texts), dimension), float32; the event loop stays free meanwhile."""
-        encoded = await asyncio.to_thread(self._encode, texts)
-        for error in encoded.failed.values():
-            raise error
-        return encoded.vectors
+        """
+        Return an array of shape (len(texts), dimension), float32; the event loop stays free meanwhile.
 
-    async def embed_rows(self, texts: Sequence[str]) -> Embeddings:
-        """Embed and check texts as every model does: in one go, and only those again, one by one, that failed in it."""
+        Raises:
+            ConfigError: If each chunk of a text is to have a vector of its own; `embed_rows` returns those.
+            InputRejected: If a text is longer than the model takes, and such are to be rejected.
+        """
+        if self.long_texts == "chunk-rows":
+            raise ConfigError(ONE_VECTOR)
+        if self._fitter is None:
+            return await self._raw(texts)
+        answer = await self.embed_rows(texts)
+        for position, reason in sorted(answer.rejects.items()):
+            raise InputRejected(f"text {position} cannot be embedded: {reason}")
+        return answer.vectors
+
+    async def embed_distinct(self, texts: Sequence[str]) -> Embeddings:
+        """Embed and check texts as every model does, and what is too long as was asked for."""
+        if self._fitter is None:
+            return await self._embed_pieces(texts)
+        fitted = await asyncio.to_thread(self._fitter, texts)
+        answer = await self._embed_pieces(fitted.pieces, fitted.tokens)
+        return await asyncio.to_thread(fitted.joined, answer, pooled=self.long_texts != "chunk-rows")
+
+    async def _embed_pieces(self, texts: Sequence[str], tokens: Tokens | None = None) -> Embeddings:
+        """Embed texts that need no cutting but the model's own: in one go, and only those again, one by one, that failed in it."""
         try:
-            answer = await asyncio.to_thread(self._encode, texts)
+            answer = await asyncio.to_thread(self._encode, texts, tokens)
         except Exception:  # of no batch, but of all texts together: a tokenizer's, an `encode`'s
-            return await super().embed_rows(texts)
+            return await super().embed_distinct(texts)
         if answer.vectors.shape[1]:
             self._dimension = answer.vectors.shape[1]
         good = usable(answer.vectors)
         good[list(answer.failed)] = False
         if not good.all():
             again = np.flatnonzero(~good)
-            rest = await super().embed_rows([texts[int(at)] for at in again])
+            rest = await super().embed_distinct([texts[int(at)] for at in again])
             answer.rejects = {int(again[at]): reason for at, reason in rest.rejects.items()}
             if len(rest.vectors):
                 if not answer.vectors.shape[1]:  # not one batch came through
@@ -176,8 +212,14 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
         """End the threads that run the model."""
         self._encoder.close()
 
-    def _encode(self, texts: Sequence[str]) -> Encoded:
-        encoded = self._encoder(texts)
+    async def _raw(self, texts: list[str]) -> npt.NDArray[Any]:
+        encoded = await asyncio.to_thread(self._encode, texts)
+        for error in encoded.failed.values():
+            raise error
+        return encoded.vectors
+
+    def _encode(self, texts: Sequence[str], tokens: Tokens | None = None) -> Encoded:
+        encoded = self._encoder(texts, tokens)
         encoded.vectors = self._finished(encoded.vectors)
         return encoded
 

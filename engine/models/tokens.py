@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+from engine.models.beginnings import beginning, splits_at_spaces
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -32,11 +33,6 @@ GIVEN = frozenset({"input_ids", "attention_mask", "modality", "prompt_length"})
 """Features that a padded batch has, or that only count where pooling leaves the prompt out."""
 CHARACTERS_PER_TOKEN = 6
 """Of a text's beginning, which is tokenized first when the text is long: English has 4 to 5 characters a token."""
-SPLITS_AT_SPACES = frozenset({"BertPreTokenizer", "Whitespace", "WhitespaceSplit"})
-LEAVES_SPACES = frozenset(
-    {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Strip", "StripAccents"}
-)
-"""Normalizers that neither take a space between two words away nor look past it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +43,31 @@ class Tokens:
     """Shape (tokens,)."""
     starts: Ints
     """Shape (texts + 1,): where each text begins in `ids`."""
+    lost: Ints
+    """Shape (texts,): tokens of each text that were cut off."""
 
     @classmethod
-    def of(cls, lists: Sequence[Sequence[int]]) -> Tokens:
+    def of(cls, lists: Sequence[Sequence[int]], lost: Ints | None = None) -> Tokens:
         """Join a list of ids for each text."""
         starts = np.zeros(len(lists) + 1, np.int64)
         np.cumsum(np.fromiter(map(len, lists), np.int64, len(lists)), out=starts[1:])
-        return cls(np.fromiter(chain.from_iterable(lists), np.int32, int(starts[-1])), starts)
+        ids = np.fromiter(chain.from_iterable(lists), np.int32, int(starts[-1]))
+        return cls(ids, starts, np.zeros(len(lists), np.int64) if lost is None else lost)
+
+    def taken(self, positions: Ints) -> Tokens:
+        """Return the tokens of some texts."""
+        if np.array_equal(positions, np.arange(len(self.lost))):
+            return self
+        starts = self.starts[positions]
+        lengths = self.starts[positions + 1] - starts
+        ends = np.concatenate([[0], np.cumsum(lengths)])
+        at = np.arange(ends[-1]) + np.repeat(starts - ends[:-1], lengths)
+        return Tokens(self.ids[at], ends, self.lost[positions])
+
+    def followed_by(self, other: Tokens) -> Tokens:
+        """Return the tokens of these texts and of others behind them."""
+        starts = np.concatenate([self.starts, other.starts[1:] + self.starts[-1]])
+        return Tokens(np.concatenate([self.ids, other.ids]), starts, np.concatenate([self.lost, other.lost]))
 
     def lists(self) -> list[list[int]]:
         """Return the ids of each text, as `of` takes them."""
@@ -103,16 +117,30 @@ class Tokenizer:
             fast.no_truncation()
         else:
             fast.enable_truncation(max_length, direction="left" if truncate_left else "right")
-        can_cut = max_length is not None and not truncate_left and _splits_at_spaces(fast)
+        can_cut = max_length is not None and not truncate_left and splits_at_spaces(fast)
         self._enough = max_length * CHARACTERS_PER_TOKEN if can_cut and max_length else None
+        self._num_special = int(fast.num_special_tokens_to_add(False))
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens a text is cut to, special ones and the prompt's among them; None: not at all."""
+        return self._max_length
+
+    @property
+    def num_around(self) -> int:
+        """Tokens beside a text's own: special ones, and the prompt's."""
+        return self._num_special + (self._count([self._prompt])[0] if self._prompt else 0)
+
+    def bounds(self) -> Bounds:
+        """Return what says where the tokens of texts begin and end; it is built from a copy, which takes a moment."""
+        return Bounds(self._fast)
 
     @classmethod
     def of(cls, model: SentenceTransformer, prompt: str | None) -> Tokenizer | None:
         """Return the tokenizer of a model that is a plain transformer with modules behind it; None if it is anything else."""
         if not _is_plain(model):
             return None
-        if prompt is None and model.default_prompt_name is not None:
-            prompt = model.prompts.get(model.default_prompt_name)
+        prompt = _prompt_of(model, prompt)
         if prompt and any(not getattr(module, "include_prompt", True) for module in model):
             return None  # pooling leaves the prompt's tokens out, which takes more than ids and a mask
         features = [model.preprocess([text], prompt=prompt) for text in PROBES]
@@ -122,11 +150,11 @@ class Tokenizer:
         ):
             return None  # the model is given more than ids and a mask
         wanted = [one["input_ids"][0].tolist() for one in features]
-        own, limit = model.tokenizer, model.max_seq_length
+        own = model.tokenizer
         tokenizer = cls(
             own.backend_tokenizer,
-            max_length=limit if limit is not None and limit < 10**9 else None,  # transformers' "no limit" is 10^30
-            prompt=prompt or "",
+            max_length=_limit_of(model),
+            prompt=prompt,
             pad_id=own.pad_token_id or 0,
             pad_left=own.padding_side == "left",
             truncate_left=own.truncation_side == "left",
@@ -138,12 +166,42 @@ class Tokenizer:
             return None
         return tokenizer
 
+    @classmethod
+    def beside(cls, model: SentenceTransformer, prompt: str | None) -> Tokenizer | None:
+        """Return one that tells how many tokens the own `encode` of a model takes of a text; None if it has no such tokenizer."""
+        from tokenizers import Tokenizer as Fast
+
+        own = getattr(model, "tokenizer", None)
+        backend = getattr(own, "backend_tokenizer", own)
+        if not isinstance(backend, Fast):
+            return None
+        prompt, limit = _prompt_of(model, prompt), _limit_of(model)
+        tokenizer = cls(
+            Fast.from_str(backend.to_str()),  # the model goes on with its own
+            max_length=limit,
+            prompt=prompt,
+            pad_id=0,
+            pad_left=False,
+            truncate_left=getattr(own, "truncation_side", "right") == "left",
+        )
+        if limit is None:
+            return tokenizer  # no text is too long
+        wanted = [model.preprocess([text], prompt=prompt).get("input_ids") for text in PROBES]
+        known = [None if ids is None else ids.flatten().tolist() for ids in wanted]
+        return tokenizer if tokenizer(PROBES).lists() == known else None
+
     def __call__(self, texts: Sequence[str]) -> Tokens:
-        """Return the token ids of texts, special tokens among them, cut to the model's length."""
+        """
+        Return the token ids of texts, special tokens among them, cut to the model's length, and how many tokens that cost each.
+
+        What is cut off is counted exactly in texts of up to six characters for each token that the model takes. The rest of longer ones
+        is not tokenized, which would cost many times as much as their beginnings, but estimated from these.
+        """
         if self._prompt:
             texts = [self._prompt + text for text in texts]
-        beginnings = texts if self._enough is None else [_beginning(text, self._enough) for text in texts]
-        lists = [encoding.ids for encoding in self._fast.encode_batch_fast(beginnings)]
+        beginnings = list(texts) if self._enough is None else [beginning(text, self._enough) for text in texts]
+        encodings = self._fast.encode_batch_fast(beginnings)
+        lists = [encoding.ids for encoding in encodings]
         if self._enough is not None and self._max_length is not None:
             short = [
                 at
@@ -152,52 +210,63 @@ class Tokenizer:
             ]
             whole = self._fast.encode_batch_fast([texts[at] for at in short]) if short else []
             for at, encoding in zip(short, whole, strict=True):
-                lists[at] = encoding.ids
-        return Tokens.of(lists)
+                lists[at], encodings[at], beginnings[at] = encoding.ids, encoding, texts[at]
+        return Tokens.of(lists, self._lost(texts, beginnings, encodings))
+
+    def _lost(self, texts: Sequence[str], beginnings: Sequence[str], encodings: Sequence[Any]) -> Ints:
+        """Return how many tokens of each text are not in its encoding, which is of its beginning."""
+        lost = np.zeros(len(texts), np.int64)
+        if self._max_length is None:
+            return lost
+        for at, encoding in enumerate(encodings):
+            if len(encoding) < self._max_length:
+                continue
+            lost[at] = self._overflow(encoding)
+            if unseen := len(texts[at][len(beginnings[at]) :].rstrip()):
+                in_all = self._max_length - self._num_special + lost[at]
+                lost[at] += max(round(unseen * in_all / len(beginnings[at])), 1)
+        return lost
+
+    def _count(self, texts: Sequence[str]) -> list[int]:
+        """Return the tokens of each text, without special ones."""
+        encodings = self._fast.encode_batch_fast(texts)
+        return [len(encoding) - self._num_special + self._overflow(encoding) for encoding in encodings]
+
+    def _overflow(self, encoding: Any) -> int:
+        """Return how many tokens truncation took off."""
+        return sum(len(part) - self._num_special for part in encoding.overflowing)
 
 
-def _beginning(text: str, enough: int) -> str:
+class Bounds:
     """
-    Return a text up to the first space that follows a letter or digit after `enough` characters.
+    Says where the tokens of texts begin and end.
 
-    A tokenizer that splits at spaces makes the same tokens of it as of the text's beginning, so that of a text of a hundred
-    thousand characters, of which the model takes 256 tokens, a hundredth is tokenized.
+    Args:
+        fast: A `tokenizers.Tokenizer`; a copy is made, that cuts nothing.
     """
-    if len(text) <= enough:
-        return text
-    at = text.find(" ", enough)
-    while at > 0 and not text[at - 1].isalnum():  # which, unlike other signs, no normalizer makes a space of
-        at = text.find(" ", at + 1)
-    return text if at < 0 else text[:at]
+
+    def __init__(self, fast: Any) -> None:
+        self._fast = type(fast).from_str(fast.to_str())
+        self._fast.no_padding()
+        self._fast.no_truncation()
+
+    def __call__(self, texts: Sequence[str]) -> list[Ints]:
+        """Return where the tokens of each text begin and end, in characters: shape (tokens, 2), without special tokens."""
+        encodings = self._fast.encode_batch(list(texts), add_special_tokens=False)
+        return [np.array(encoding.offsets, np.int64).reshape(-1, 2) for encoding in encodings]
 
 
-def _splits_at_spaces(fast: Any) -> bool:
-    """Say whether no token can reach across a space."""
-    if fast.pre_tokenizer is None or any(
-        any(character.isspace() for character in token.content) for token in fast.get_added_tokens_decoder().values()
-    ):
-        return False
-    if not all(
-        step["type"] in LEAVES_SPACES
-        or (step["type"] == "Replace" and step["pattern"] == {"Regex": " {2,}"} and step["content"] in (" ", "▁"))
-        for step in _steps(fast.normalizer, "normalizers")
-    ):
-        return False
-    return any(
-        step["type"] in SPLITS_AT_SPACES
-        or (step["type"] == "ByteLevel" and step["use_regex"])
-        or (step["type"] == "Metaspace" and step["split"])
-        for step in _steps(fast.pre_tokenizer, "pretokenizers")[:1]  # later ones may find no spaces any more
-    )
+def _prompt_of(model: SentenceTransformer, prompt: str | None) -> str:
+    """Return what is put before each text: the model's own prompt, if none is asked for."""
+    if prompt is None and model.default_prompt_name is not None:
+        prompt = model.prompts.get(model.default_prompt_name)
+    return prompt or ""
 
 
-def _steps(part: Any, name: str) -> list[dict[str, Any]]:
-    """Return the settings of a normalizer or pre-tokenizer, one by one if it is several."""
-    if part is None:
-        return []
-    state = json.loads(part.__getstate__())
-    steps: list[dict[str, Any]] = state[name] if state["type"] == "Sequence" else [state]
-    return steps
+def _limit_of(model: SentenceTransformer) -> int | None:
+    """Return how many tokens a model takes; None for any number, as transformers' 10^30 means."""
+    limit = getattr(model, "max_seq_length", None)
+    return limit if limit is not None and limit < 10**9 else None
 
 
 def _is_plain(model: SentenceTransformer) -> bool:

@@ -16,19 +16,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from engine.errors import ConfigError, EngineError, ProviderError, Refused
+from engine.errors import EngineError, ProviderError, Refused
 from engine.former_vectors import FormerVectors, Found
 from engine.model_config import ModelConfig
 from engine.models import registry
 from engine.models.api.prices import dollars
-from engine.models.base import BaseEmbeddingModel, Embeddings, Vectors
+from engine.models.base import BaseEmbeddingModel
+from engine.models.embeddings import Embeddings, Vectors
 from engine.models.loop_thread import LoopThread
 from engine.pipeline.budget import Shared, join
 from engine.pipeline.parcel import Item, pack, unpack
-from engine.quantization import Stored, VectorFormat, quantize, to_arrow, usable
+from engine.pipeline.part_rows import UNFIT, fitting, rejects_of, with_chunks, with_vectors
+from engine.quantization import Stored, VectorFormat, quantize
 from engine.repeated_ids import num_repeated
 from engine.reuse import ReuseIndex
-from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Reject, Usage, utc_now
+from engine.schema import SOURCE_ROW, Usage, utc_now
 from engine.sources import texts as text_checks
 from engine.sources.rows import Rows, Selection
 from engine.text_hashes import numbers_of, text_hashes
@@ -40,6 +42,7 @@ CLOSE_S = 2.0
 """For which an actor that ends waits for its model: what it has to close is connections and threads."""
 COUNTS = (
     "num_tokens", "num_padded_tokens", "num_requests", "num_refusals", "num_retries", "num_duplicates", "num_long",
+    "num_lost_tokens",
 )  # fmt: skip
 """Of an answer, that are divided among its shards."""
 
@@ -127,28 +130,43 @@ class EmbedWorker:
             return [self._left(item) for item in items]  # the budget knows, and ends the run
         logger.debug("embedding done: %d embeddings, %d rejects", len(answer.vectors), len(answer.rejects))
 
-        all_failed = {int(former.missing[at]): why for at, why in answer.rejects.items()}
-        every, kind = self._stored(answer.vectors)
-        every = former.with_new(every, sorted(all_failed))
         embedded = []
-        first_text = first_vector = 0
+        first_text = first_new = first_vector = 0
         for item, (texts, positions, reasons) in zip(items, found, strict=True):
             stop = first_text + len(texts)
-            failed = {at - first_text: why for at, why in all_failed.items() if first_text <= at < stop}
-            kept = [position for number, position in enumerate(positions) if number not in failed]
+            here = former.between(first_text, stop)
+            stop_new = first_new + len(here.missing)
+            rejected = {at - first_new: why for at, why in answer.rejects.items() if first_new <= at < stop_new}
+            failed = {int(here.missing[at]): why for at, why in rejected.items()}
+            good = np.array([number for number in range(len(texts)) if number not in failed], np.int64)
+            stop_vector = first_vector + len(here.missing) - len(failed)
+            chunks, vectors = answer.of_texts(first_vector, stop_vector)
+            stored, kind = self._stored(vectors)
+            stored = here.with_new(stored, sorted(failed))
+            fits = fitting(stored, kind, chunks)
+            if not fits.all():
+                failed |= dict.fromkeys(good[~fits].tolist(), UNFIT.format(dtype=kind.dtype))
+                good = good[fits]
+                if chunks is None:
+                    stored = stored[fits]
+                else:
+                    chunks, of_vectors = chunks.taken(np.flatnonzero(fits))
+                    stored = stored[of_vectors]
             reasons |= {positions[number]: why for number, why in failed.items()}
-            stored = every[first_vector : first_vector + len(kept)]
-            first_vector += len(kept)
-            kept, stored, unfit = _fitting(kept, stored, kind)
             rows = self._kept_columns(item)
-            survivors = rows if len(kept) == rows.num_rows else rows.take(pa.array(kept, pa.int64()))
-            rejects = _rejects(rows, reasons | unfit)
-            usage = self._usage(answer, former.shares(first_text, stop), survivors)
-            usage = replace(usage, num_reused=former.num_between(first_text, stop))
-            of_rows = hashes.slice(first_text, len(texts)).take(pa.array(np.searchsorted(positions, kept)))
-            table = _with_vectors(survivors, of_rows, stored, kind)
-            embedded.append(Item(item.shard, table, rejects=rejects, usage=usage, vectors=kind))
-            first_text = stop
+            survivors = rows if len(good) == rows.num_rows else rows.take(pa.array(np.array(positions, np.int64)[good]))
+            usage = self._usage(answer, (first_new, stop_new, len(new_texts)), survivors)
+            usage = replace(usage, num_reused=len(here.stored))
+            hashed = hashes.slice(first_text, len(texts)).take(pa.array(good))
+            if chunks is not None:
+                survivors = with_chunks(
+                    survivors, [texts[number] for number in good.tolist()], chunks, self._text_column
+                )
+                usage = replace(usage, num_vectors=survivors.num_rows)
+                hashed = hashed.take(pa.array(np.repeat(np.arange(len(good)), chunks.counts)))
+            table = with_vectors(survivors, hashed, stored, kind)
+            embedded.append(Item(item.shard, table, rejects=rejects_of(rows, reasons), usage=usage, vectors=kind))
+            first_text, first_new, first_vector = stop, stop_new, stop_vector
         return embedded
 
     def _embedded(self, texts: list[str]) -> Embeddings:
@@ -166,15 +184,20 @@ class EmbedWorker:
     def _slug(self) -> str:
         return self._model.slug() if self._work.model.provider == registry.CUSTOM else ""
 
-    def _usage(self, answer: Embeddings, share: tuple[float, float], survivors: pa.Table) -> Usage:
-        """Return what a shard cost: its share of an answer, from where it begins to where it ends."""
-        counts = {name: _share(getattr(answer, name), *share) for name in COUNTS}
+    def _usage(self, answer: Embeddings, span: tuple[int, int, int], survivors: pa.Table) -> Usage:
+        """Return what a shard cost: its share of an answer, by its first text, the one behind its last, and the number of all."""
+        first, stop, num_texts = span
+        before, after = first / max(num_texts, 1), stop / max(num_texts, 1)
+        counts = {name: _share(getattr(answer, name), before, after) for name in COUNTS}
+        if answer.lost:  # text by text
+            lost = [num_tokens for at, num_tokens in answer.lost.items() if first <= at < stop]
+            counts |= {"num_long": len(lost), "num_lost_tokens": sum(lost)}
         price = self._work.price
         return Usage(
             **counts,
             cost=None if price is None else round(dollars(counts["num_tokens"], price), 9),
-            embed_s=round(answer.held_s * (share[1] - share[0]), 6),
-            busy_s=round(answer.busy_s * (share[1] - share[0]), 6),
+            embed_s=round(answer.held_s * (after - before), 6),
+            busy_s=round(answer.busy_s * (after - before), 6),
             device=getattr(self._model, "device", ""),
             backend=getattr(self._model, "backend", ""),
             slug=self._slug(),
@@ -182,10 +205,16 @@ class EmbedWorker:
             num_repeated_ids=num_repeated(survivors.column(0)) if self._work.id_column else 0,
         )
 
+    @property
+    def _text_column(self) -> str | None:
+        """The column that is embedded; None if the text is made of several."""
+        selection = self._work.selection
+        return selection.text_column if selection.text_template is None else None
+
     def _left(self, item: Item) -> Item:
         rows = self._kept_columns(item).slice(0, 0)
         stored, kind = self._stored(np.empty((0, 1), np.float32))
-        return Item(item.shard, _with_vectors(rows, text_hashes([]), stored, kind), is_left=True, vectors=kind)
+        return Item(item.shard, with_vectors(rows, text_hashes([]), stored, kind), is_left=True, vectors=kind)
 
     def _stored(self, vectors: Vectors) -> tuple[Stored, VectorFormat]:
         """Return vectors as they are stored: here, so that no more than that travels to the publisher."""
@@ -235,48 +264,6 @@ def _built(work: Work) -> BaseEmbeddingModel:
 def _failed(work: Work, error: Exception) -> ProviderError:
     """Name an error without its message, which comes from the model's libraries and could quote a text."""
     return ProviderError(f"the model {work.model.model} failed: {type(error).__name__}; what was committed is kept")
-
-
-def _fitting(kept: list[int], stored: Stored, kind: VectorFormat) -> tuple[list[int], Stored, dict[int, str]]:
-    """
-    Take out rows whose vector is lost in what it is stored as: too large for float16, or all zeros in it or in int8.
-
-    Raises:
-        ConfigError: If that is so of all of several: then it is the model that does not suit the type.
-    """
-    fits = usable(stored, kind)
-    if fits.all():
-        return kept, stored, {}
-    if len(kept) > 1 and not fits.any():
-        raise ConfigError(
-            f"output_dtype: the model's vectors are too large or too small for {kind.dtype}: store them as float32, in another output "
-            "folder"
-        )
-    lost = {
-        row: f"its vector is too large or too small for {kind.dtype}"
-        for row, fit in zip(kept, fits, strict=True)
-        if not fit
-    }
-    return [row for row in kept if row not in lost], stored[fits], lost
-
-
-def _with_vectors(rows: pa.Table, hashes: pa.Array, stored: Stored, kind: VectorFormat) -> pa.Table:
-    """Put `embedding` and `_text_hash` before `_source_row`, which is the last column of a part."""
-    hashed = rows.add_column(rows.num_columns - 1, TEXT_HASH, hashes)
-    return hashed.add_column(rows.num_columns - 1, EMBEDDING, to_arrow(stored, kind))
-
-
-def _rejects(rows: pa.Table, reasons: dict[int, str]) -> list[Reject]:
-    positions = sorted(reasons)
-    some = rows.take(pa.array(positions, pa.int64()))
-    ids = text_checks.values_of(some.column(0))
-    source_rows = some.column(SOURCE_ROW).to_pylist()
-    return [
-        Reject(
-            source_row, text_checks.INVALID_UTF8 if isinstance(key, text_checks.Undecodable) else key, reasons[position]
-        )
-        for position, source_row, key in zip(positions, source_rows, ids, strict=True)
-    ]
 
 
 def _set_threads(num_threads: int) -> None:

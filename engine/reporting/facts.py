@@ -88,7 +88,7 @@ class Facts:
         if record.num_rows and usage.num_tokens:
             self.tokens_a_row[bin_of(usage.num_tokens / record.num_rows)] += record.num_rows
         if record.num_rows and len(self.parts) < SAMPLED_PARTS:
-            self.parts.append((record.shard_id, record.num_rows))
+            self.parts.append((record.shard_id, record.num_vectors))
 
 
 def facts_of(ledger: Ledger) -> Facts:

@@ -59,7 +59,10 @@ def _of_rows(facts: Facts, standing: Standing | None, untold: str) -> Iterator[S
     if (total := tally.num_rows + tally.num_rejects) and tally.num_rejects / total > MANY_REJECTS:
         yield Sign("bad", f"{tally.num_rejects / total:.1%} of all rows are rejected: see the reasons below")
     if tally.asked["num_long"]:
-        yield Sign("note", f"{_some(tally.asked['num_long'], 'text was', 'texts were')} longer than the model takes")
+        lost = f": {tally.num_lost_tokens:,} tokens were cut off" if tally.num_lost_tokens else ""
+        yield Sign(
+            "note", f"{_some(tally.asked['num_long'], 'text was', 'texts were')} longer than the model takes{lost}"
+        )
 
 
 def _of_work(facts: Facts) -> Iterator[Sign]:

@@ -143,19 +143,23 @@ def said_of_lengths(config: JobConfig, sample: Sample) -> str:
 
 def texts_of(facts: Facts) -> list[tuple[str, str]]:
     """Return what became of texts: name and number."""
-    asked = facts.tally.asked
-    if not asked["num_requests"]:
-        return [("cut or chunked, duplicates", "not counted for models that run here")]
-    return [
-        ("longer than the model takes", grouped(asked["num_long"])),
-        ("duplicates, not sent again", grouped(asked["num_duplicates"])),
+    tally = facts.tally
+    is_counted = tally.asked["num_long"] or tally.asked["num_requests"] or tally.backends - {"", "encode"}
+    said = [
+        ("longer than the model takes", grouped(tally.asked["num_long"]) if is_counted else "not counted by this model")
     ]
+    if tally.num_lost_tokens:
+        said.append(("tokens that were cut off", grouped(tally.num_lost_tokens)))
+    if tally.num_vectors > tally.num_rows:
+        said.append(("vectors, one for each chunk", grouped(tally.num_vectors)))
+    again = "sent" if tally.asked["num_requests"] else "embedded"
+    return [*said, (f"duplicates, not {again} again", grouped(tally.asked["num_duplicates"]))]
 
 
 def said_of_sample(facts: Facts, sample: Sample) -> str:
     """Say how many rows were sampled, and from where."""
     beginnings = ", from their beginnings" if sample.is_beginning else ""
-    return f"{len(sample):,} of {facts.tally.num_rows:,} rows, of {sample.num_parts:,} of {facts.tally.num_shards:,} parts{beginnings}; the same ones each time."
+    return f"{len(sample):,} of {max(facts.tally.num_rows, facts.tally.num_vectors):,} rows, of {sample.num_parts:,} of {facts.tally.num_shards:,} parts{beginnings}; the same ones each time."
 
 
 def vectors_of(sample: Sample, health: Health) -> dict[str, Any]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from engine.model_config import LongTexts
 from engine.models.api.tokens import Counter
 
-LongTexts = Literal["truncate", "chunk", "reject"]
 OVERLAP = 1 / 16
 """Of a chunk, that it shares with the one before: a sentence or two, so that what a cut goes through is whole in one of them."""
 SHORTER = 0.7
 """To which a text is cut whose tokens cannot be counted here, when the server says that it is too long; in chunks, it is halved."""
+
+TOO_LONG = "longer than the {limit} tokens that the model takes"
 
 Pieces = list[tuple[str, int]]
 """Texts that stand for one, each with its number of tokens."""

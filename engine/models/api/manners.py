@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from engine.models.api.long_texts import LongTexts
+    from engine.model_config import LongTexts
     from engine.models.api.tokens import Counter
 
 

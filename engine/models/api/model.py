@@ -11,12 +11,12 @@ from typing import Any, Self
 import numpy as np
 
 from engine.errors import ConfigError, InputRejected
-from engine.model_config import ModelConfig
+from engine.model_config import LongTexts, ModelConfig
 from engine.models.api.answers import Reply
 from engine.models.api.budget import Budget, BudgetPort
 from engine.models.api.dispatcher import Dispatcher
 from engine.models.api.limits import Limits
-from engine.models.api.long_texts import LongTexts
+from engine.models.api.long_texts import TOO_LONG
 from engine.models.api.manners import Manners
 from engine.models.api.orders import Order
 from engine.models.api.terms import Terms
@@ -30,7 +30,6 @@ SHARDS_BEYOND_REQUESTS = 2
 """That are in an actor beside one for each request: one that is prepared, and one that leaves."""
 GIVE_UP_S = 1800.0
 REQUEST_TIMEOUT_S = 60.0
-TOO_LONG = "longer than the {limit} tokens that the model takes"
 
 
 class ApiEmbeddingModel(BaseEmbeddingModel):
@@ -114,6 +113,8 @@ class ApiEmbeddingModel(BaseEmbeddingModel):
         """Refuse options that the model does not go by, and requests that the provider does not take."""
         super().check_options(config)
         cls._check_batch_size(config.batch_size)
+        if config.long_texts == "chunk-rows":
+            raise ConfigError("long_texts: chunk-rows is for local models; APIs take truncate, chunk or reject")
 
     @classmethod
     def _check_batch_size(cls, batch_size: int | None) -> None:

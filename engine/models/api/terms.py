@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engine.models.api.long_texts import LongTexts, Pieces, fitted
+from engine.model_config import LongTexts
+from engine.models.api.long_texts import Pieces, fitted
 from engine.models.api.tokens import Counter, UpperBound
+from engine.models.duplicates import Distinct
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +37,8 @@ class Terms:
         Returns:
             For each text the number of its distinct text; and for each of these the pieces that are sent, None if it is rejected.
         """
-        distinct: dict[str, int] = {}
-        numbers = [distinct.setdefault(text, len(distinct)) for text in texts]
-        return numbers, {text: self._fitted(prompt + text, how) for text in distinct}
+        distinct = Distinct.of(texts)
+        return list(distinct.numbers), {text: self._fitted(prompt + text, how) for text in distinct.texts}
 
     def _fitted(self, text: str, how: LongTexts) -> Pieces | None:
         num_tokens = self.counter.count(text)
