@@ -128,8 +128,8 @@ class JobConfig(ModelConfig):
                 "id_column is the text column, and ids are written into records: name another, or leave it out"
             )
         chunks = CHUNK_COLUMNS if self.long_texts == "chunk-rows" else ()
-        ids = () if self.id_column else ("id",)
-        made = (EMBEDDING, TEXT_HASH, SOURCE_ROW, TEXT, FAULT, "_manifest", *chunks, *ids)
+        made = (EMBEDDING, TEXT_HASH, SOURCE_ROW, TEXT, FAULT, "_manifest", *chunks)
+        made = made if self.id_column else (*made, "id")
         columns = (*((self.id_column,) if self.id_column else ()), *self.keep)
         for column in columns:
             if column in made:

@@ -56,13 +56,10 @@ class Found:
         """The positions of the others."""
         return np.flatnonzero(~self.is_there)
 
-    def num_between(self, start: int, stop: int) -> int:
-        """Return how many of the texts from `start` to `stop` have one."""
-        return int(np.count_nonzero(self.is_there[start:stop]))
-
-    def span(self, start: int, stop: int) -> tuple[int, int, int]:
-        """Return where the texts from `start` to `stop` begin and end among those that have none, and how many these are."""
-        return start - self.num_between(0, start), stop - self.num_between(0, stop), len(self.missing)
+    def between(self, start: int, stop: int) -> Found:
+        """Return the same of the texts from `start` to `stop`."""
+        before, after = (int(np.count_nonzero(self.is_there[:at])) for at in (start, stop))
+        return Found(self.is_there[start:stop], self.stored[before:after])
 
     def with_new(self, new: Stored, failed: list[int]) -> Stored:
         """

@@ -62,11 +62,11 @@ def status(output: str) -> StatusResult:
         provider=ProviderUse(**{name: totals[name] for name in ASKED}, cost=cost) if totals["num_requests"] else None,
         output_dtype=str(job.config.get("output_dtype", "float32")),
         num_repeated_ids=totals["repeated_ids"],
+        num_reused=totals["reused"],
         num_vectors=totals["vectors"],
         num_duplicates=totals["num_duplicates"],
         num_long=totals["num_long"],
         num_lost_tokens=totals["lost"],
-        num_reused=totals["reused"],
     )
 
 

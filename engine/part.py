@@ -103,7 +103,9 @@ def encode(
         table.schema,
         compression="zstd",
         # Floats and hashes do not repeat: a dictionary of them costs time and saves nothing. Bytes do, and Parquet's plain integers have four.
-        use_dictionary=[name for name in table.column_names if name not in _UNLIKE]
+        use_dictionary=[
+            name for name in table.column_names if name not in (EMBEDDING, TEXT_HASH, SOURCE_ROW, *CHUNK_COLUMNS[1:])
+        ]
         + ([_NUMBERS] if vectors.dtype in ("int8", "binary") else []),
         write_page_checksum=True,
         store_schema=True,
@@ -240,6 +242,16 @@ def _row_problem(table: pa.Table, shard: Shard, rejects: Sequence[Reject]) -> st
     return None
 
 
+def _hash_problem(table: pa.Table) -> str | None:
+    if TEXT_HASH not in table.column_names:
+        return f"it has no column {TEXT_HASH}"
+    try:
+        numbers_of(table.column(TEXT_HASH))
+    except ValueError:
+        return f"its column {TEXT_HASH} does not have 16 bytes for each row"
+    return None
+
+
 def _chunk_problem(table: pa.Table, num_vectors: int) -> str | None:
     """Say what is wrong with the order of chunks; whether each text is there is another question."""
     if table.num_rows != num_vectors:
@@ -262,16 +274,6 @@ def _chunk_problem(table: pa.Table, num_vectors: int) -> str | None:
 def _texts_alone(table: pa.Table) -> pa.Table:
     """Return the source rows of the first chunks: each text's, once."""
     return table.select([SOURCE_ROW]).filter(pc.equal(table.column(CHUNK_INDEX), 0))
-
-
-def _hash_problem(table: pa.Table) -> str | None:
-    if TEXT_HASH not in table.column_names:
-        return f"it has no column {TEXT_HASH}"
-    try:
-        numbers_of(table.column(TEXT_HASH))
-    except ValueError:
-        return f"its column {TEXT_HASH} does not have 16 bytes for each row"
-    return None
 
 
 def _vector_problem(table: pa.Table, vectors: VectorFormat | None) -> str | None:

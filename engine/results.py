@@ -97,6 +97,8 @@ class RunResult(Result):
     """Rows of this run whose id another row of their shard has before them: they are kept."""
     num_changed_inputs: int = 0
     """Whose new rows took the place of the former ones."""
+    num_reused: int = 0
+    """Rows of this run whose vector was taken from another part, since their text is the same."""
     num_vectors: int = 0
     """More than `num_rows` if each chunk of a text has one."""
     num_duplicates: int = 0
@@ -105,8 +107,6 @@ class RunResult(Result):
     """Texts that were cut, or embedded in chunks."""
     num_lost_tokens: int = 0
     """Of those that were cut."""
-    num_reused: int = 0
-    """Rows of this run whose vector was taken from another part, since their text is the same."""
 
     def lines(self) -> dict[str, str]:
         """Say what a run did, and what is left."""
@@ -185,13 +185,13 @@ class StatusResult(Result):
     """What vectors are stored as."""
     num_repeated_ids: int = 0
     """Rows whose id another row of their shard has before them; `verify` at level full counts over all shards."""
+    num_reused: int = 0
+    """Rows whose vector was taken from another part, since their text is the same."""
     num_vectors: int = 0
     """More than `num_rows` if each chunk of a text has one."""
     num_duplicates: int = 0
     num_long: int = 0
     num_lost_tokens: int = 0
-    num_reused: int = 0
-    """Rows whose vector was taken from another part, since their text is the same."""
 
     def lines(self) -> dict[str, str]:
         """Say where an output stands."""

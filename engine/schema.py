@@ -141,12 +141,12 @@ class Usage:
     """Texts that were cut, or embedded in chunks."""
     num_repeated_ids: int = 0
     """Rows whose id another row of the shard has before them."""
+    num_reused: int = 0
+    """Rows whose vector was taken from another part: their texts are the same."""
     num_lost_tokens: int = 0
     """Of the texts that were cut: tokens that are not in their vectors. Those of very long texts are estimated; 0 for APIs."""
     num_vectors: int = 0
     """Of a shard with a row for each chunk of a text: its rows in the part; 0 where each text has one."""
-    num_reused: int = 0
-    """Rows whose vector was taken from another part: their texts are the same."""
     cost: float | None = None
     """Dollars; None if nobody knows the price."""
     device: str = ""
@@ -254,10 +254,10 @@ class Receipt:
     cost: float | None = None
     """Dollars; None if nobody knows the price."""
     num_repeated_ids: int = 0
+    num_reused: int = 0
     num_lost_tokens: int = 0
     num_vectors: int = 0
     """Rows of the part."""
-    num_reused: int = 0
 
     @classmethod
     def of(cls, record: CommitRecord, outcome: str) -> Receipt:
@@ -282,9 +282,9 @@ class Receipt:
             num_long=record.usage.num_long,
             cost=record.usage.cost,
             num_repeated_ids=record.usage.num_repeated_ids,
+            num_reused=record.usage.num_reused,
             num_lost_tokens=record.usage.num_lost_tokens,
             num_vectors=record.num_vectors,
-            num_reused=record.usage.num_reused,
         )
 
     @classmethod

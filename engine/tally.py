@@ -144,11 +144,11 @@ class Tally:
             num_changed_inputs=self.num_changed_inputs,
             provider=self._provider_use(),
             num_repeated_ids=self.num_repeated_ids,
+            num_reused=self.num_reused,
             num_vectors=self.num_vectors,
             num_duplicates=self.asked["num_duplicates"],
             num_long=self.asked["num_long"],
             num_lost_tokens=self.num_lost_tokens,
-            num_reused=self.num_reused,
             warnings=list(asked.standing.warnings),
         )
 

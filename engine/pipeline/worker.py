@@ -130,42 +130,43 @@ class EmbedWorker:
             return [self._left(item) for item in items]  # the budget knows, and ends the run
         logger.debug("embedding done: %d embeddings, %d rejects", len(answer.vectors), len(answer.rejects))
 
-        all_failed = {int(former.missing[at]): why for at, why in answer.rejects.items()}
-        every, kind = self._stored(answer.vectors)
-        if answer.chunks is None:
-            every = former.with_new(every, sorted(all_failed))
         embedded = []
-        first_text = first_vector = 0
+        first_text = first_new = first_vector = 0
         for item, (texts, positions, reasons) in zip(items, found, strict=True):
             stop = first_text + len(texts)
-            failed = {at - first_text: why for at, why in all_failed.items() if first_text <= at < stop}
+            here = former.between(first_text, stop)
+            stop_new = first_new + len(here.missing)
+            rejected = {at - first_new: why for at, why in answer.rejects.items() if first_new <= at < stop_new}
+            failed = {int(here.missing[at]): why for at, why in rejected.items()}
             good = np.array([number for number in range(len(texts)) if number not in failed], np.int64)
-            chunks, of_vectors = answer.places(first_vector, first_vector + len(good))
-            first_vector += len(good)
-            stored = every[of_vectors]
+            stop_vector = first_vector + len(here.missing) - len(failed)
+            chunks, vectors = answer.of_texts(first_vector, stop_vector)
+            stored, kind = self._stored(vectors)
+            stored = here.with_new(stored, sorted(failed))
             fits = fitting(stored, kind, chunks)
             if not fits.all():
                 failed |= dict.fromkeys(good[~fits].tolist(), UNFIT.format(dtype=kind.dtype))
                 good = good[fits]
-                of_fitting: Any = fits
-                if chunks is not None:
-                    chunks, of_fitting = chunks.taken(np.flatnonzero(fits))
-                stored = stored[of_fitting]
+                if chunks is None:
+                    stored = stored[fits]
+                else:
+                    chunks, of_vectors = chunks.taken(np.flatnonzero(fits))
+                    stored = stored[of_vectors]
             reasons |= {positions[number]: why for number, why in failed.items()}
             rows = self._kept_columns(item)
             survivors = rows if len(good) == rows.num_rows else rows.take(pa.array(np.array(positions, np.int64)[good]))
-            usage = self._usage(answer, former.span(first_text, stop), survivors)
-            usage = replace(usage, num_reused=former.num_between(first_text, stop))
-            of_rows = hashes.slice(first_text, len(texts))
+            usage = self._usage(answer, (first_new, stop_new, len(new_texts)), survivors)
+            usage = replace(usage, num_reused=len(here.stored))
+            hashed = hashes.slice(first_text, len(texts)).take(pa.array(good))
             if chunks is not None:
                 survivors = with_chunks(
                     survivors, [texts[number] for number in good.tolist()], chunks, self._text_column
                 )
                 usage = replace(usage, num_vectors=survivors.num_rows)
-                good = np.repeat(good, chunks.counts)
-            table = with_vectors(survivors, of_rows.take(pa.array(good)), stored, kind)
+                hashed = hashed.take(pa.array(np.repeat(np.arange(len(good)), chunks.counts)))
+            table = with_vectors(survivors, hashed, stored, kind)
             embedded.append(Item(item.shard, table, rejects=rejects_of(rows, reasons), usage=usage, vectors=kind))
-            first_text = stop
+            first_text, first_new, first_vector = stop, stop_new, stop_vector
         return embedded
 
     def _embedded(self, texts: list[str]) -> Embeddings:
