@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from engine.errors import CorruptOutput
 from engine.quantization import BITS, Stored, VectorFormat, dequantize, from_arrow, usable
 from engine.schema import (
+    CHUNK_COLUMNS,
     CHUNK_END,
     CHUNK_INDEX,
     CHUNK_START,
@@ -43,8 +44,6 @@ _SEAL = b"embedding_engine_seal"
 _OPEN = b"0" * 32
 _NUMBERS = f"{EMBEDDING}.list.element"
 """The path of the vectors' numbers in a Parquet file."""
-_UNLIKE = (EMBEDDING, TEXT_HASH, SOURCE_ROW, CHUNK_START, CHUNK_END)
-"""Columns whose values do not repeat."""
 
 
 @dataclass(frozen=True, slots=True)

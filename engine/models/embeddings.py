@@ -75,6 +75,9 @@ class Embeddings:
     chunks: Chunks | None = None
     """Of a model that gives each chunk of a text a vector of its own."""
 
-    def places(self, first: int, stop: int) -> tuple[Chunks | None, slice | Ints]:
-        """Return the chunks, if there are any, of some texts, by their numbers among those that are no rejects, and which vectors are theirs."""
-        return (None, slice(first, stop)) if self.chunks is None else self.chunks.taken(np.arange(first, stop))
+    def of_texts(self, first: int, stop: int) -> tuple[Chunks | None, Vectors]:
+        """Return the chunks, if there are any, and the vectors of some texts, by their numbers among those that are no rejects."""
+        if self.chunks is None:
+            return None, self.vectors[first:stop]
+        chunks, of_vectors = self.chunks.taken(np.arange(first, stop))
+        return chunks, self.vectors[of_vectors]
