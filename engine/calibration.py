@@ -14,9 +14,10 @@ import logging
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from engine.commits import Usage
 from engine.errors import CorruptOutput
 from engine.ledger import VECTORS
-from engine.schema import Usage, canonical_json, utc_now
+from engine.schema import canonical_json, utc_now
 
 if TYPE_CHECKING:
     from engine.storage import Storage

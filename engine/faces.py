@@ -11,7 +11,8 @@ from engine.inline import embed
 from engine.sources import in_memory
 from engine.sources.opening import MEMORY
 from engine.sources.rows import Selection
-from engine.sources.tables import is_in_memory, is_ray_dataset, tables_of
+from engine.sources.table_kinds import is_in_memory, is_ray_dataset
+from engine.sources.tables import tables_of
 from engine.storage import open_storage
 
 if TYPE_CHECKING:
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
 
     from engine.config import JobConfig
     from engine.exporting.story import ExportResult, Format
+    from engine.gc_result import GcResult
     from engine.reading import Form
     from engine.reporting.projection import Projection
     from engine.reporting.story import ReportResult
-    from engine.results import GcResult, PlanResult, RunResult, StatusResult, VerifyResult
+    from engine.results import PlanResult, RunResult, StatusResult, VerifyResult
     from engine.storage import Storage
     from engine.verification import Level
 

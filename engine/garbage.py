@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 from engine import lease, switching
 from engine.errors import ConfigError
 from engine.exchange import STAGES
+from engine.gc_result import Garbage, GcResult
 from engine.history import RUNS
 from engine.object_storage import PROBES
 from engine.output_files import (
@@ -42,7 +43,6 @@ from engine.output_files import (
     turn_of,
 )
 from engine.places import COMMITS, DATA, HELD, REJECTS, SET_ASIDE, SUPERSEDED, held_name, part_name, rejects_name
-from engine.results import Garbage, GcResult
 from engine.schema import canonical_json
 from engine.sources import indexes
 from engine.sources.in_memory import CURRENT

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from engine.results import GcResult
+    from engine.gc_result import GcResult
 
 
 def add_to(

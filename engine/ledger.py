@@ -25,8 +25,10 @@ from typing import Any
 import pyarrow as pa
 
 from engine import places, switches
+from engine.commits import Receipt, Usage
 from engine.errors import CommitConflict, CorruptOutput, EngineError, FingerprintMismatch, Refused, SourceChanged
-from engine.part import Part, check, decode, encode
+from engine.part import Part, decode, encode
+from engine.part_checks import check
 from engine.places import (
     COMMITS,
     DATA,
@@ -41,15 +43,7 @@ from engine.places import (
 )
 from engine.quantization import VectorFormat
 from engine.records import Records
-from engine.schema import (
-    Job,
-    Receipt,
-    Reject,
-    Shard,
-    Usage,
-    canonical_json,
-    differences,
-)
+from engine.schema import Job, Reject, Shard, canonical_json, differences
 from engine.storage import Storage
 
 __all__ = [

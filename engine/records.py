@@ -10,10 +10,11 @@ from functools import partial
 from typing import BinaryIO
 
 from engine import places, switches
+from engine.commits import CommitRecord
 from engine.errors import CorruptOutput
 from engine.part import Part, decode
 from engine.places import COMMITS, JOB, REJECTS, former_name, part_name, record_name
-from engine.schema import CommitRecord, Job
+from engine.schema import Job
 from engine.storage import Storage
 from engine.switches import Switches
 

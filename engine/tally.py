@@ -8,13 +8,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from engine.commits import OTHER_REASONS, idle_share, padding_share
 from engine.models.api.limits import Limits
 from engine.provider_use import ProviderUse
 from engine.results import RunResult
-from engine.schema import OTHER_REASONS, idle_share, padding_share
 
 if TYPE_CHECKING:
-    from engine.schema import Receipt, Usage
+    from engine.commits import Receipt, Usage
     from engine.survey import Survey
 
 

@@ -22,32 +22,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from engine.commits import CommitRecord
 from engine.errors import CorruptOutput
 from engine.ledger import part_name, rejects_name
 from engine.models import registry
-from engine.models.base import Vectors, lowest_cosine
-from engine.part import Part, format_of, vectors_of
-from engine.quantization import dequantize, quantize
+from engine.part import format_of
 from engine.repeated_ids import RepeatedIds
 from engine.results import Finding, VerifyResult
-from engine.schema import (
-    CHUNK_END,
-    CHUNK_START,
-    EMBEDDING,
-    PART_METADATA,
-    SOURCE_ROW,
-    START,
-    TEXT,
-    CommitRecord,
-    InputFile,
-    Shard,
-)
-from engine.sources import in_memory, indexes
-from engine.sources.formats import read_shards
-from engine.sources.inventory import location_of
-from engine.sources.opening import MEMORY
+from engine.schema import EMBEDDING, PART_METADATA, SOURCE_ROW
+from engine.sources import indexes
 from engine.sources.rows import Selection
-from engine.sources.texts import split, values_of
+from engine.spot_check import lowest_cosine_to, texts_of
 from engine.survey import stored_config
 
 if TYPE_CHECKING:
@@ -219,9 +204,9 @@ class _Check:
             for shard_id in chosen:
                 stored = self._ledger.part(shard_id)
                 picked = sorted(chance.sample(range(stored.table.num_rows), min(each, stored.table.num_rows)))
-                texts = _texts_of(stored, picked, self._ledger.root, self._job.base, selection, known)
+                texts = texts_of(stored, picked, self._ledger.root, self._job.base, selection, known)
                 again = loop.run(model.embed_rows(texts)).vectors
-                cosine = _lowest_cosine(stored, picked, again)
+                cosine = lowest_cosine_to(stored, picked, again)
                 lowest = min(lowest, cosine)
                 if cosine < min(LOWEST_COSINE[config.dtype], LOWEST_COSINE_AS.get(stored.vectors.dtype, 1.0)):
                     self._find(
@@ -297,33 +282,3 @@ class _Check:
             return False
         former = any(shard_id in ids for ids in self._standing.former.values())
         return former or shard_id not in self._standing.plan.unknown | self._standing.lost
-
-
-def _lowest_cosine(stored: Part, picked: list[int], again: Vectors) -> float:
-    """Return the lowest cosine of stored vectors to others, which are stored and read back for it."""
-    wanted = vectors_of(stored.table, stored.vectors)[picked]
-    if again.shape != wanted.shape:
-        return -1.0
-    found = lowest_cosine(wanted, dequantize(quantize(again, stored.vectors), stored.vectors))
-    return found if np.isfinite(found) else -1.0  # a vector that is nothing but zeros now
-
-
-def _texts_of(
-    stored: Part, picked: list[int], root: str, base: str, selection: Selection, known: indexes.Known
-) -> list[str]:
-    """Read the texts of some of a part's rows from its input; of a part of chunks, theirs."""
-    record = stored.record
-    if base == MEMORY:
-        file = in_memory.file_of(root, record)
-    else:
-        file = InputFile(record.path, location_of(base, record.path), record.size, record.version)
-    shape = indexes.find(known, file, ())
-    place = next(shape.placed([(record.start, record.stop)]))[2] if shape else START
-    shard = Shard(record.shard_id, file, record.start, record.stop, place)
-    wanted = np.asarray(stored.table.column(SOURCE_ROW))[picked] - record.start
-    column = next(read_shards([shard], selection)).table.column(TEXT)
-    texts = split(values_of(column.take(pa.array(wanted, pa.int64()))))[0]
-    if not record.usage.num_vectors:
-        return texts
-    starts, stops = (np.asarray(stored.table.column(name))[picked].tolist() for name in (CHUNK_START, CHUNK_END))
-    return [text[start:stop] for text, start, stop in zip(texts, starts, stops, strict=True)]

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine import exchange
+from engine.commits import Receipt, Usage
 from engine.config import load_config
 from engine.ledger import Ledger
 from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel
@@ -31,10 +32,8 @@ from engine.schema import (
     TEXT_HASH,
     InputFile,
     Job,
-    Receipt,
     Reject,
     Shard,
-    Usage,
     fingerprint_of,
     vectors_type,
 )

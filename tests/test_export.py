@@ -21,10 +21,11 @@ import pytest
 
 import engine
 from engine.cli import main
+from engine.commits import Usage
 from engine.errors import ConfigError, CorruptOutput, Refused
 from engine.exporting import faiss_index, lance_dataset, npy
 from engine.ledger import Ledger, part_name
-from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Shard, Usage, vectors_type
+from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Shard, vectors_type
 from engine.snapshot import Snapshot
 from engine.storage import LocalStorage
 from tests.builders import hashes_of, killed_at_each_call, make_job, make_shard

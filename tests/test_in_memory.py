@@ -24,7 +24,8 @@ from engine.sources import in_memory, texts
 from engine.sources.formats import read_shapes, read_shards
 from engine.sources.opening import INPUTS
 from engine.sources.rows import Selection
-from engine.sources.tables import is_in_memory, tables_of
+from engine.sources.table_kinds import is_in_memory
+from engine.sources.tables import tables_of
 from engine.storage import LocalStorage
 
 HASH = "custom:tests.models.HashModel"

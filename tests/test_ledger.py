@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.commits import Receipt, Usage
 from engine.errors import CommitConflict, CorruptOutput, EngineError, FingerprintMismatch, Refused
 from engine.ledger import (
     COMMITS,
@@ -25,7 +26,6 @@ from engine.ledger import (
     rejects_name,
 )
 from engine.part import encode
-from engine.schema import Receipt, Usage
 from engine.storage import LocalStorage
 from tests.builders import (
     FINGERPRINT,

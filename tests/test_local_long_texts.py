@@ -26,7 +26,7 @@ from engine.models import local, model_files, registry
 from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel
 from engine.models.tokens import Tokenizer
 from engine.models.windows import WINDOWS_AT_ONCE, Fitter
-from engine.part import check
+from engine.part_checks import check
 from engine.pipeline.parcel import Item, pack, unpack
 from engine.pipeline.worker import EmbedWorker, Work
 from engine.schema import SOURCE_ROW, TEXT_HASH

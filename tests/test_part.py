@@ -9,19 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from engine.commits import CommitRecord, Usage
 from engine.errors import CorruptOutput
-from engine.part import check, decode, encode, vectors_of
-from engine.schema import (
-    EMBEDDING,
-    PART_METADATA,
-    SOURCE_ROW,
-    TEXT_HASH,
-    CommitRecord,
-    Reject,
-    Usage,
-    content_hash,
-    vectors_type,
-)
+from engine.part import decode, encode, vectors_of
+from engine.part_checks import check
+from engine.schema import EMBEDDING, PART_METADATA, SOURCE_ROW, TEXT_HASH, Reject, content_hash, vectors_type
 from tests.builders import FINGERPRINT, USAGE, make_rejects, make_shard, make_table
 
 NAME = "data/part-x.parquet"

@@ -13,10 +13,11 @@ import pyarrow as pa
 import pytest
 
 import engine
+from engine.commits import Usage
 from engine.config import load_config
 from engine.errors import ConfigError, CorruptOutput
 from engine.ledger import part_name
-from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Shard, Usage, vectors_type
+from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Shard, vectors_type
 from engine.survey import survey
 from tests.builders import hashes_of, write_source
 from tests.kills import ROOT

@@ -20,12 +20,13 @@ import pytest
 
 import engine
 from engine.cli import main
+from engine.commits import Usage
 from engine.config import load_config
 from engine.errors import ConfigError
 from engine.ledger import part_name
 from engine.reporting.health import NEAR, health_of
 from engine.reporting.timeline import MAX_SLOTS, Timeline
-from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Reject, Shard, Usage, vectors_type
+from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Reject, Shard, vectors_type
 from engine.survey import survey
 from tests.browser import NoBrowser, browser
 from tests.builders import hashes_of

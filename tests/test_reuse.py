@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import engine
 from engine import former_vectors, reuse, switching
 from engine.calibration import Calibration, fix
+from engine.commits import Usage
 from engine.config import load_config
 from engine.errors import ConfigError, Refused
 from engine.former_parts import check_reuse, reuse_index
@@ -31,7 +32,7 @@ from engine.pipeline.parcel import unpack
 from engine.pipeline.worker import EmbedWorker, Work
 from engine.quantization import VectorFormat, from_arrow
 from engine.reuse import FOLDER, Candidates, build
-from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Usage
+from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH
 from engine.sources.rows import Selection
 from engine.storage import LocalStorage, open_storage
 from engine.survey import survey

@@ -208,8 +208,9 @@ def test_an_input_that_becomes_what_it_was_costs_nothing(job):
     job.check()
 
 
-def test_a_folder_is_always_seen_whole(job):
+def test_a_folder_is_always_seen_whole(job, monkeypatch):
     """Whoever lists it while inputs change to and fro sees all rows of one version and none of another."""
+    monkeypatch.setattr(exchange, "GRACE_S", 0.5)
     whole: set[frozenset[str]] = set()
     listings: set[frozenset[str]] = set()
     has_ended = threading.Event()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.schema import OTHER_REASONS, Receipt
+from engine.commits import OTHER_REASONS, Receipt
 from engine.tally import MAX_REASONS, Tally
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from engine.commits import Receipt, idle_share, padding_share
 from engine.ledger import Ledger
 from engine.model_config import ModelConfig
 from engine.models import registry
 from engine.pipeline.parcel import Item, pack, unpack
 from engine.pipeline.worker import EmbedWorker, Work
-from engine.schema import SOURCE_ROW, TEXT, Receipt, idle_share, padding_share
+from engine.schema import SOURCE_ROW, TEXT
 from engine.sources.rows import Selection
 from engine.storage import LocalStorage
 from tests.builders import FINGERPRINT, make_shard

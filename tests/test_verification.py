@@ -15,11 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 import engine
+from engine.commits import Usage
 from engine.config import JobConfig, load_config
 from engine.errors import Refused, SourceChanged
 from engine.ledger import COMMITS, REJECTS, Ledger, part_name, record_name, rejects_name
 from engine.pipeline.publish import Publisher
-from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Reject, Shard, Usage, vectors_type
+from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Reject, Shard, vectors_type
 from engine.storage import LocalStorage
 from engine.survey import survey
 from tests.builders import hashes_of

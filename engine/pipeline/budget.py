@@ -14,15 +14,15 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from engine.commits import LEFT
 from engine.errors import EngineError, ProviderError, Stopped
 from engine.models.api.budget import Budget, Grant, Report, Standing
 from engine.models.api.limits import Limits
-from engine.schema import LEFT
 
 if TYPE_CHECKING:
+    from engine.commits import Receipt
     from engine.model_config import ModelConfig
     from engine.models.base import BaseEmbeddingModel
-    from engine.schema import Receipt
 
 logger = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ import ray
 from ray.exceptions import RayError
 
 from engine.calibration import Calibration, fix, recovered, stored_calibration
+from engine.commits import Usage
 from engine.errors import EngineError, ProviderError
 from engine.models import registry
 from engine.models.api.prices import dollars
@@ -27,7 +28,7 @@ from engine.pipeline import cluster
 from engine.pipeline.stream import MAX_CRASHES, NO_NODE_S, STALL_S
 from engine.pipeline.worker import COUNTS, EmbedWorker, Work
 from engine.quantization import INT8_MAX, VectorFormat, dequantize, quantize, scale_for
-from engine.schema import Usage, utc_now
+from engine.schema import utc_now
 from engine.sources import texts as text_checks
 from engine.sources.formats import read_shards
 from engine.sources.rows import Rows

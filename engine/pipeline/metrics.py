@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ray.util.metrics import Counter, Gauge, Histogram
 
 if TYPE_CHECKING:
-    from engine.schema import Receipt
+    from engine.commits import Receipt
 
 PREFIX = "engine_"
 LABELS = ("model", "job")

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field
 
 import pyarrow as pa
 
+from engine.commits import Receipt, Usage
 from engine.quantization import VectorFormat
-from engine.schema import InputFile, Receipt, Reject, Shard, Usage, canonical_json
+from engine.schema import InputFile, Reject, Shard, canonical_json
 
 MANIFEST = "_manifest"
 RECEIPTS = "receipts"

@@ -6,10 +6,10 @@ import os
 
 import pyarrow as pa
 
+from engine.commits import Receipt
 from engine.errors import Refused
 from engine.ledger import Ledger
 from engine.pipeline.parcel import Item, pack_receipts, unpack
-from engine.schema import Receipt
 
 NICENESS = 10
 """A publisher has time; the models' threads, which wait for each other, have not."""

@@ -10,6 +10,7 @@ import ray.data
 from ray.data import ActorPoolStrategy
 from ray.data.context import AutoscalingConfig
 
+from engine.commits import LEFT, Receipt
 from engine.ledger import Ledger
 from engine.pipeline import cluster
 from engine.pipeline.budget import Drain
@@ -18,7 +19,6 @@ from engine.pipeline.parcel import unpack_receipts
 from engine.pipeline.publish import Publisher
 from engine.pipeline.resources import LIGHT_CPUS, Resources
 from engine.pipeline.worker import EmbedWorker, Work
-from engine.schema import LEFT, Receipt
 
 STALL_S = 4 * 3600
 """Ray's half an hour would end a run whose shards take a slow model longer than that, again and again."""

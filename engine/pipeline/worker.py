@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from engine.commits import Usage
 from engine.errors import EngineError, ProviderError, Refused
 from engine.former_vectors import FormerVectors, Found
 from engine.model_config import ModelConfig
@@ -30,7 +31,7 @@ from engine.pipeline.part_rows import UNFIT, fitting, rejects_of, with_chunks, w
 from engine.quantization import Stored, VectorFormat, quantize
 from engine.repeated_ids import num_repeated
 from engine.reuse import ReuseIndex
-from engine.schema import SOURCE_ROW, Usage, utc_now
+from engine.schema import SOURCE_ROW, utc_now
 from engine.sources import texts as text_checks
 from engine.sources.rows import Rows, Selection
 from engine.text_hashes import numbers_of, text_hashes

@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from engine.commits import OTHER_REASONS, Receipt, idle_share, padding_share
 from engine.errors import CorruptOutput
 from engine.history import last_runs
 from engine.ledger import REJECTS
 from engine.reporting.timeline import Timeline
-from engine.schema import OTHER_REASONS, Receipt, idle_share, padding_share
 from engine.tally import Tally
 
 if TYPE_CHECKING:
+    from engine.commits import CommitRecord
     from engine.ledger import Ledger
-    from engine.schema import CommitRecord
 
 SAMPLED_PARTS = 64
 """That vectors are sampled from."""

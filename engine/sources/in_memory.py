@@ -22,8 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from engine.commits import CommitRecord
 from engine.errors import SourceError
-from engine.schema import FAULT, CommitRecord, InputFile, canonical_json, content_hash
+from engine.schema import FAULT, InputFile, canonical_json, content_hash
 from engine.sources.content import canonical, content_of
 from engine.sources.inventory import Inventory
 from engine.sources.opening import INPUTS, MEMORY

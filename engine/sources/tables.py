@@ -6,8 +6,6 @@ import decimal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,36 +13,14 @@ import pyarrow as pa
 
 from engine.errors import SourceError
 from engine.schema import FAULT
-from engine.sources.formats import SUFFIXES
 from engine.sources.rows import Selection
+from engine.sources.table_kinds import is_frame, is_of, refuse_others
 from engine.sources.texts import INVALID_UTF8, SURROGATE, reject_reason
 
 ROWS = 8192
 """Of a table that are looked at at once."""
-LOOKED_AT = 1000
-"""Items of a list of strings that are looked up as paths."""
 MANY_NAMES = 20
-EXPLICIT = 'give texts as {"text": [...]}, and paths as a tuple'
 NUMBERS = (bool, int, float, decimal.Decimal, np.number, np.bool_)
-
-
-def is_in_memory(source: Any) -> bool:
-    """
-    Tell a table in memory from the path or the paths of a source on a disk.
-
-    Raises:
-        SourceError: If a list of strings could be either.
-    """
-    if source is None or isinstance(source, (str, PathLike)):
-        return False
-    if isinstance(source, (tuple, list)):
-        return bool(source) and _is_of_rows(source)
-    return True
-
-
-def is_ray_dataset(source: Any) -> bool:
-    """Say whether a source is a Dataset of Ray Data."""
-    return _is(source, "ray.data", "Dataset", "MaterializedDataset")
 
 
 def tables_of(source: Any, selection: Selection) -> Iterator[pa.Table]:
@@ -62,7 +38,7 @@ def tables_of(source: Any, selection: Selection) -> Iterator[pa.Table]:
     Raises:
         SourceError: If it is not one of these, or a column is missing, or its values cannot be kept.
     """
-    _refuse_others(source)
+    refuse_others(source)
     wanted = [name for name in selection.columns if name != FAULT]
     batches = _batches(source, wanted)
     if batches is not None:
@@ -78,12 +54,12 @@ def _batches(source: Any, wanted: Sequence[str]) -> Iterable[pa.Table] | None:
         return [pa.Table.from_batches([source])]
     if isinstance(source, pa.RecordBatchReader):
         return _of_reader(source)
-    if _is(source, "datasets", "Dataset"):
+    if is_of(source, "datasets", "Dataset"):
         check_names(source.column_names, wanted)
         return (
             source.select_columns(list(wanted)).with_format("arrow").iter(ROWS) if len(source) else [source.data.table]
         )
-    if _is_frame(source) or _is(source, "pandas", "Series") or _is(source, "polars", "Series"):
+    if is_frame(source) or is_of(source, "pandas", "Series") or is_of(source, "polars", "Series"):
         return None
     if hasattr(source, "__arrow_c_stream__") and not isinstance(source, (pa.ChunkedArray, pa.Array)):
         return _of_reader(pa.RecordBatchReader.from_stream(source))
@@ -122,9 +98,9 @@ class _Typed:
         """Return some rows; none is malformed."""
         if isinstance(self.values, (pa.Array, pa.ChunkedArray)):
             return self.values.slice(start, stop - start), {}
-        if _is(self.values, "polars", "Series"):
+        if is_of(self.values, "polars", "Series"):
             return self.values.slice(start, stop - start).to_arrow(), {}
-        piece = self.values.iloc[start:stop] if _is(self.values, "pandas", "Series") else self.values[start:stop]
+        piece = self.values.iloc[start:stop] if is_of(self.values, "pandas", "Series") else self.values[start:stop]
         return pa.array(piece, from_pandas=True), {}
 
 
@@ -208,7 +184,7 @@ def _one_type(name: str) -> Iterator[None]:
 def _columns(source: Any, selection: Selection) -> dict[str, Any]:
     """Return the columns of a table by name, as their library has them."""
     wanted = [name for name in selection.columns if name != FAULT]
-    if _is_frame(source):
+    if is_frame(source):
         names = list(source.columns)
         check_names(names, wanted)
         return {name: source[name] for name in wanted}
@@ -247,12 +223,12 @@ def _read(columns: Mapping[str, Any], selection: Selection, wanted: Sequence[str
 
 def _column(name: str, values: Any, selection: Selection) -> _Column:
     is_objects = True
-    if isinstance(values, np.ndarray) or _is(values, "pandas", "Series"):
+    if isinstance(values, np.ndarray) or is_of(values, "pandas", "Series"):
         if getattr(values, "ndim", 1) != 1:
             raise SourceError(f"the column {name!r} has several dimensions, or is there twice: give one list of values")
         is_objects = values.dtype == object
         values = values.to_numpy() if is_objects and not isinstance(values, np.ndarray) else values
-    elif _is(values, "polars", "Series"):
+    elif is_of(values, "polars", "Series"):
         is_objects = str(values.dtype) == "Object"
         values = values.to_list() if is_objects else values
     elif isinstance(values, (pa.Array, pa.ChunkedArray)):
@@ -274,78 +250,6 @@ def check_names(names: Sequence[Any], wanted: Iterable[str]) -> None:
         if name not in names:
             some = ", ".join(map(str, names[:MANY_NAMES])) + (", …" if len(names) > MANY_NAMES else "")
             raise SourceError(f"the table has no column {name!r}; it has: {some}. Name the text by text_column")
-
-
-def _refuse_others(source: Any) -> None:
-    """Say what to do with what is near to a table."""
-    if _is(source, "datasets", "DatasetDict", "IterableDatasetDict"):
-        raise SourceError(
-            f"a DatasetDict has several splits ({', '.join(map(str, source))}): give one, such as source[{next(iter(source), 'train')!r}]"
-        )
-    if _is(source, "datasets", "IterableDataset"):
-        raise SourceError(
-            "an IterableDataset comes from elsewhere each time: give a Dataset, or write it to Parquet and give its path"
-        )
-    if _is(source, "polars", "LazyFrame"):
-        raise SourceError(
-            "a LazyFrame has no rows yet: give source.collect(), or write it by sink_parquet and give its path"
-        )
-    known = (Mapping, Sequence, np.ndarray, pa.Table, pa.RecordBatch, pa.RecordBatchReader, pa.Array, pa.ChunkedArray)
-    if isinstance(source, known) or _is_frame(source) or hasattr(source, "__arrow_c_stream__"):
-        return
-    if _is(source, "pandas", "Series") or _is(source, "polars", "Series") or _is(source, "datasets", "Dataset"):
-        return
-    if isinstance(source, Iterator):
-        raise SourceError(
-            "a generator can be read once, and a run that goes on needs its rows again: give a list of it, or write it to Parquet "
-            "and give the path"
-        )
-    raise SourceError(
-        f"source: a {type(source).__name__} is no table that is known: give paths, a list of texts, a dict of columns, a DataFrame, an Arrow "
-        "table, or a Dataset"
-    )
-
-
-def _is_of_rows(source: Sequence[Any]) -> bool:
-    """Tell a list of texts, or of rows, from one of paths."""
-    if isinstance(source, tuple) or any(isinstance(item, PathLike) for item in source):
-        return False
-    if not all(isinstance(item, str) for item in source):
-        return True
-    some = source[:LOOKED_AT]
-    num_paths = sum(_is_path(item) for item in some)
-    if num_paths == len(some) == len(source):
-        return False
-    if num_paths or not any(" " in item or "\n" in item for item in some):
-        raise SourceError(f"source: the list of {len(source)} strings could be of texts or of paths: {EXPLICIT}")
-    return True
-
-
-def _is_path(item: str) -> bool:
-    """Say whether a string looks like a path, or is one."""
-    if not item or "\n" in item or "\0" in item or len(item) > 4096:
-        return False
-    if (
-        "://" in item.partition(" ")[0]
-        or item.startswith(("/", "~/", "./", "../", "memory:"))
-        or item.endswith(SUFFIXES)
-    ):
-        return True
-    try:
-        return Path(item).exists()
-    except (OSError, ValueError):
-        return False
-
-
-def _is_frame(source: Any) -> bool:
-    return _is(source, "pandas", "DataFrame") or _is(source, "polars", "DataFrame")
-
-
-def _is(value: Any, package: str, *names: str) -> bool:
-    """Say whether a value is of a class of some package, which is not imported for it."""
-    return any(
-        kind.__name__ in names and (kind.__module__ + ".").startswith(package + ".") for kind in type(value).__mro__
-    )
 
 
 def _is_missing(value: Any) -> bool:
