@@ -3,6 +3,7 @@ What reading costs: planning and reading of each format, beside pyarrow and Ray 
 
     python benchmarks/sources.py                          200 MB of text in each format, about ten minutes on two cores
     python benchmarks/sources.py --mb 20 --peers pyarrow  a look
+    python benchmarks/sources.py --places local,s3 --peers ''   and in an S3 on this machine, moto's
     python benchmarks/sources.py --whole-job              and each format through a whole run with a constant model
     python benchmarks/sources.py --giant 5                memory of a run over 5 GB of JSON lines, one text of 10 MB among them
 
@@ -17,12 +18,15 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import logging
 import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,9 +47,10 @@ from benchmarks.measure import MIB, ROOT, environment, fresh, status_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from moto.server import ThreadedMotoServer
+
 NAMES = ("a.parquet", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.txt", "a.arrow", "a.ipc")
-PLACES: dict[str, Callable[[Path], str]] = {"local": str}
-"""Where the files lie: from their folder on this disk to what the engine is given. An object store is another entry."""
+BUCKET = "bench"
 ROWS_AT_ONCE = 20_000
 BIG_TEXT_BYTES = 10_000_000
 MODEL = {"model": "custom:benchmarks.models.ConstantModel", "model_args": {"dimension": 8}}
@@ -81,6 +86,34 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 # Rates
+
+
+@cache
+def _s3() -> ThreadedMotoServer:
+    """Start an S3 on loopback: moto's, in this process; those that are measured are others."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_REGION": "us-east-1"}
+    os.environ |= {**keys, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/{BUCKET}", method="PUT")).close()
+    return server
+
+
+def in_s3(path: Path) -> str:
+    """Put a file into a bucket, and return its location there."""
+    from obstore.store import S3Store
+
+    _s3()
+    S3Store(BUCKET, client_options={"allow_http": True}).put(path.name, path)
+    return f"s3://{BUCKET}/{path.name}"
+
+
+PLACES: dict[str, Callable[[Path], str]] = {"local": str, "s3": in_s3}
+"""Where the files lie: from their path on this disk to what the engine is given."""
 
 
 def compare(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -334,7 +367,7 @@ def memory_by_role(pid: int) -> dict[str, float]:
 def show(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Print rows per second, and our ratio to each peer."""
     table = Table(title=f"{options.mb} MB of text, thousands of rows/s (peak MiB)", title_justify="left")
-    labels = ["plan", "read", *options.peers.split(","), *(["job"] if options.whole_job else [])]
+    labels = ["plan", "read", *filter(None, options.peers.split(",")), *(["job"] if options.whole_job else [])]
     for name in ("format", "place", "MB", *labels):
         table.add_column(name, justify="left" if name in ("format", "place") else "right")
     for found in results:

@@ -257,7 +257,7 @@ def test_rows_of_a_changed_input_take_the_place_of_the_former_and_those_of_a_del
     columns = {"id": [*rows["id"].to_pylist(), "new"], "text": edited, "year": [*rows["year"].to_pylist(), 7]}
     pq.write_table(pa.table(columns), path)
     changed = run(texts, out)
-    assert (changed.num_changed_inputs, changed.done_before_rows) == (1, 200)
+    assert (changed.num_changed_inputs, changed.done_before_rows, changed.num_reused) == (1, 200, 99)
     assert changed.lines()["changed"] == "the new rows of 1 input took the place of the former ones"
     after = table(out)
     assert sorted(after["id"].to_pylist()) == sorted([*before["id"].to_pylist(), "new"])
