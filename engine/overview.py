@@ -58,7 +58,7 @@ def status(output: str) -> StatusResult:
         embed_s=round(embed_s, 3),
         pending_shards=len(standing.plan.pending) if standing else None,
         pending_rows=standing.plan.pending_rows if standing else None,
-        warnings=list(standing.warnings) if standing else [untold(problem)],
+        warnings=standing.told if standing else [untold(problem)],
         provider=ProviderUse(**{name: totals[name] for name in ASKED}, cost=cost) if totals["num_requests"] else None,
         output_dtype=str(job.config.get("output_dtype", "float32")),
         num_repeated_ids=totals["repeated_ids"],

@@ -69,7 +69,7 @@ def plan(config: JobConfig, inputs: Storage | None = None) -> PlanResult:
         pending_shards=len(todo.pending),
         pending_rows=todo.pending_rows,
         pending_bytes=todo.pending_bytes,
-        warnings=list(asked.standing.warnings),
+        warnings=asked.standing.told,
         forecast=forecast(asked.config, todo),
         output_dtype=asked.config.output_dtype,
     )

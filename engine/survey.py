@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +45,18 @@ class Standing:
     """A run died while some took the place of others."""
     last_switch: int = 0
     """Number of the last time that some did."""
+
+    @property
+    def told(self) -> list[str]:
+        """The warnings, and which inputs changed: as long as their new rows did not take the place of the former ones."""
+        if not self.former:
+            return list(self.warnings)
+        whose = "it" if len(self.former) == 1 else "them"
+        changed = (
+            f"{count(len(self.former), 'input')} changed since rows of {whose} were committed: the new rows take the place of the former "
+            f"ones once they are embedded: {min(self.former)}"
+        )
+        return [changed, *self.warnings]
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +253,7 @@ def _unknown(
             f"{ledger.root} was made from {job.base}, and {len(absent)} of its inputs are not below {inventory.base} "
             f"({min(absent)}): name the source as the first run did, or use another output folder"
         )
-    return {path: frozenset(ids) for path, ids in former.items()}, list(_told(former, absent, job))
+    return {path: frozenset(ids) for path, ids in former.items()}, list(_told(absent, job))
 
 
 def _former(
@@ -266,13 +278,8 @@ def _former(
     return former, absent
 
 
-def _told(former: Collection[str], absent: set[str], job: Job) -> Iterator[str]:
-    """Say what becomes of rows of inputs that changed, or that are not there any more."""
-    if former:
-        yield (
-            f"{count(len(former), 'input')} changed since rows of {'it' if len(former) == 1 else 'them'} were committed: the new rows "
-            f"take the place of the former ones once they are embedded: {min(former)}"
-        )
+def _told(absent: set[str], job: Job) -> Iterator[str]:
+    """Say what becomes of rows of inputs that are not there any more."""
     gone = {path for path in absent if not is_there(job.base, path)}
     if gone:
         yield f"{len(gone)} inputs are gone whose rows are in the output, and stay there: {min(gone)}"

@@ -149,7 +149,7 @@ class Tally:
             num_duplicates=self.asked["num_duplicates"],
             num_long=self.asked["num_long"],
             num_lost_tokens=self.num_lost_tokens,
-            warnings=list(asked.standing.warnings),
+            warnings=list(asked.standing.warnings) if self.num_changed_inputs else asked.standing.told,
         )
 
     def _provider_use(self) -> ProviderUse | None:

@@ -20,7 +20,7 @@ MAX_FINDINGS = 20
 def show(console: Console, result: Result) -> None:
     """Print a result's lines, then what it warns of."""
     for label, text in result.lines().items():
-        console.print(Text(label.ljust(LABEL_WIDTH), style="bold") + Text(text))
+        console.print(Text(label.ljust(LABEL_WIDTH - 1) + " ", style="bold") + Text(text))
     for warning in getattr(result, "warnings", []):
         console.print(Text(f"warning: {warning}", style="yellow"))
 

@@ -108,7 +108,7 @@ class _Check:
 
     def __init__(self, ledger: Ledger, job: Job, standing: Standing | None, level: Level) -> None:
         self.findings: list[Finding] = []
-        self.warnings: list[str] = list(standing.warnings) if standing else []
+        self.warnings: list[str] = standing.told if standing else []
         self.num_shards = self.num_rows = self.num_rejects = 0
         self._again = AGAIN.format(root=ledger.root, level=level)
         self._ledger = ledger

@@ -259,6 +259,7 @@ def test_rows_of_a_changed_input_take_the_place_of_the_former_and_those_of_a_del
     changed = run(texts, out)
     assert (changed.num_changed_inputs, changed.done_before_rows, changed.num_reused) == (1, 200, 99)
     assert changed.lines()["changed"] == "the new rows of 1 input took the place of the former ones"
+    assert not changed.warnings
     after = table(out)
     assert sorted(after["id"].to_pylist()) == sorted([*before["id"].to_pylist(), "new"])
     vectors = dict(zip(after["id"].to_pylist(), after["embedding"].to_pylist(), strict=True))

@@ -50,7 +50,7 @@ def _of_rows(facts: Facts, standing: Standing | None, untold: str) -> Iterator[S
     if standing is None:
         yield Sign("note", f"what is left to do cannot be told: {untold}")
     else:
-        for warning in standing.warnings:
+        for warning in standing.told:
             yield Sign("note", warning)
         if standing.plan.pending:
             yield Sign(
