@@ -43,6 +43,7 @@ bench: $(INSTALLED) ## measure local models beside others, and the cost of the e
 	@$(OFFLINE) $(BIN)/python benchmarks/resume.py
 
 soak: $(INSTALLED) ## kill runs at random KILLS times, and check that no row is lost or doubled
+	@$(OFFLINE) $(BIN)/python -m pytest -m soak
 	@$(OFFLINE) $(BIN)/python tests/soak.py --kills $(KILLS)
 
 clean: ## delete what make, the tools and the demo made, .venv included

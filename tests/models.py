@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+from pathlib import Path
 
 import numpy as np
 
@@ -21,12 +22,19 @@ class HashModel(BaseEmbeddingModel):
         fail_on: A text that contains this raises.
         env_file: A file to which each actor appends its process id and what it sees as CUDA_VISIBLE_DEVICES; and when it is
             closed, its process id to another of that name with `-closed`.
+        crowd: Calls wait until so many actors are in that file, half a minute at most each.
     """
 
     def __init__(
-        self, dimension: int = 8, delay_s: float = 0.0, fail_on: str | None = None, env_file: str | None = None
+        self,
+        dimension: int = 8,
+        delay_s: float = 0.0,
+        fail_on: str | None = None,
+        env_file: str | None = None,
+        crowd: int = 0,
     ) -> None:
         self.size = dimension
+        self.crowd = crowd
         self.delay_s = delay_s
         self.fail_on = fail_on
         if env_file:
@@ -45,6 +53,10 @@ class HashModel(BaseEmbeddingModel):
     async def embed(self, texts: list[str]) -> np.ndarray:
         if self.delay_s:
             await asyncio.sleep(self.delay_s)
+        for _ in range(300):
+            if not self.env_file or Path(self.env_file).read_text().count("\n") >= self.crowd:  # noqa: ASYNC240 - a test's
+                break
+            await asyncio.sleep(0.1)
         if self.fail_on and any(self.fail_on in text for text in texts):
             raise RuntimeError("it contains what must not be")
         return np.stack([self.vector(text) for text in texts])

@@ -146,6 +146,7 @@ def test_a_run_is_refused_beside_a_live_one_and_may_take_its_place(address, tmp_
     job.check()
 
 
+@pytest.mark.soak
 def test_a_driver_that_slept_through_another_run_doubles_nothing(job):
     """SIGSTOP of a driver in the middle, another run to the end, SIGCONT: the sleeper finds all done, or that it was replaced."""
     sleeper = job.start()

@@ -190,37 +190,31 @@ def test_a_key_that_is_missing_is_said_in_one_line(source):
 
 
 def test_a_budget_that_is_killed_is_missed_but_not_needed(source, server):
-    """SIGKILL of the budget's actor, twice: actors go on at their share, and find the new one."""
+    """SIGKILL of the budget's actor: actors go on at their share, and find the new one."""
     server.behave(latency_s=0.3, rpm=1200)
     process = start(source, server)
-    for number in (1, 4):
-        wait_until(lambda number=number: num_committed(source) >= number or process.poll() is not None)
-        assert kill(BUDGET, process)
+    wait_until(lambda: num_committed(source) >= 1 or process.poll() is not None)
+    assert kill(BUDGET, process)
     assert process.wait(120) == 0
     check(source)
 
 
 @pytest.mark.timeout(400)
-def test_a_run_that_is_killed_three_times_pays_again_for_what_was_in_flight_alone(source, server, address):
-    """SIGKILL of drivers and actors at random: every row once, and no more tokens than needed and those in flight."""
+def test_a_run_that_is_killed_pays_again_for_what_was_in_flight_alone(source, server, address):
+    """SIGKILL of an actor and then of the driver: every row once, and no more tokens than needed and those in flight."""
     server.behave(latency_s=0.25)
     needed = needed_tokens(source, server)
-    chance = random.Random(5)
-    for number in range(3):
-        process = start(source, server, address)
-        before = num_committed(source)
-        wait_until(lambda process=process, before=before: num_committed(source) > before or process.poll() is not None)
-        time.sleep(chance.uniform(0, 0.3))
-        if number % 2:
-            kill("ray::MapWorker(MapBatches(EmbedWorker))", process)
-            time.sleep(chance.uniform(0, 0.5))
-        process.kill()
-        process.wait()
+    process = start(source, server, address)
+    wait_until(lambda: num_committed(source) > 0 or process.poll() is not None)
+    kill("ray::MapWorker(MapBatches(EmbedWorker))", process)
+    time.sleep(random.Random(5).uniform(0, 0.5))
+    process.kill()
+    process.wait()
     last = start(source, server, address)
     assert last.wait(120) == 0
     check(source)
     in_flight = 2 * 4 * needed / (NUM_ROWS / SHARD_ROWS)  # of two actors, four shards each
-    kills = 3 + 1
+    kills = 2
     assert server.stats()["tokens_paid"] <= needed + kills * in_flight
     assert server.stats()["times_paid_max"] <= 1 + kills + 9  # the same text is in one shard ten times, and paid once
 

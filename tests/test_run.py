@@ -171,7 +171,7 @@ def test_a_pool_grows_to_its_maximum_while_there_is_work(tmp_path):
         pq.write_table(pa.table({"text": [f"text {row}" for row in range(64)]}), tmp_path / f"in/{number}.parquet")
     seen = tmp_path / "seen"
     options = {"id_column": None, "shard_rows": 64, "num_actors": 2, "min_actors": 1, "cpus_per_actor": 1}
-    args = {"env_file": str(seen), "delay_s": 2}
+    args = {"env_file": str(seen), "delay_s": 0.5, "crowd": 2}
     result = run(tmp_path / "in", tmp_path / "out", **options, model_args=args)
     assert result.num_actors == 2
     assert len({line.split()[0] for line in seen.read_text().splitlines()}) == 2
