@@ -42,7 +42,7 @@ bench: $(INSTALLED) ## measure local models beside others, and the cost of the e
 	@$(OFFLINE) $(BIN)/python benchmarks/overhead.py
 	@$(OFFLINE) $(BIN)/python benchmarks/resume.py
 
-soak: $(INSTALLED) ## kill runs at random KILLS times, and check that no row is lost or doubled
+soak: $(INSTALLED) ## run the tests marked soak, then kill runs at random KILLS times, and check that no row is lost or doubled
 	@$(OFFLINE) $(BIN)/python -m pytest -m soak
 	@$(OFFLINE) $(BIN)/python tests/soak.py --kills $(KILLS)
 

@@ -92,6 +92,7 @@ def test_a_job_is_calibrated_once_however_often_it_is_killed(source, tmp_path, a
     assert np.abs(found - wanted).max() < scale * 0.51
 
 
+@pytest.mark.soak
 def test_the_sample_is_within_max_cost_and_in_what_is_said_of_it(source, tmp_path, monkeypatch):
     """What the server was paid is what parts and calibration add up to, in every run; a stop does not wait for the sample."""
     monkeypatch.setattr(

@@ -175,6 +175,7 @@ def test_what_goes_wrong_between_two_runs_is_one_message_and_touches_nothing(job
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("shared_ray")
+@pytest.mark.soak
 def test_a_publisher_that_cannot_write_ends_the_run_and_the_next_one_goes_on(job, tmp_path, capfd):
     """Its message arrives whole, with exit code 1; parts that were written are adopted."""
     (tmp_path / "out/_engine").mkdir(parents=True)

@@ -63,6 +63,7 @@ class Run:
         return self.process.returncode, output
 
 
+@pytest.mark.soak
 def test_nodes_come_and_die_and_the_head_too_and_every_row_is_there_once(tmp_path):
     """
     One job through all of it: it begins on the GPUs of one node, grows onto a node that is added, goes on there when the first is

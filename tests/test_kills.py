@@ -118,6 +118,7 @@ def test_a_driver_killed_with_its_own_ray_and_a_ray_killed_under_its_driver_lose
     job.check()
 
 
+@pytest.mark.soak
 def test_two_drivers_at_once_end_with_every_row_once(job):
     """With the lease taken away from the first, both think that they own the output, do all they can, and end well."""
     first = job.start()

@@ -57,6 +57,7 @@ def test_the_quickstart_goes_from_a_dataframe_to_a_search(tmp_path):
     assert "Warning" not in streams, streams
 
 
+@pytest.mark.soak
 def test_the_same_call_scales_out_on_a_cluster(tmp_path):
     """Two actors in a Ray that the notebook has joined, eight shards, and the summary of the run."""
     notebook = executed("scale_out.ipynb", tmp_path)
@@ -72,6 +73,7 @@ def kernel(tmp_path) -> Iterator[tuple[KernelManager, Any]]:
     manager.shutdown_kernel(now=True)
 
 
+@pytest.mark.soak
 def test_a_notebooks_stop_button_leaves_a_resumable_job(kernel, tmp_path):
     """The call returns what it did, in the same cell; the cell again does the rest. And embed works though the kernel's loop runs."""
     manager, client = kernel

@@ -129,6 +129,7 @@ def test_a_run_pays_each_text_once_and_tells_what_it_cost(source, server):
     assert server.stats()["num_requests"] == stats["num_requests"]
 
 
+@pytest.mark.soak
 def test_several_actors_share_one_limit(source, server):
     """Three actors, none of which knows of the others, stay below what the server allows, and are never refused."""
     server.behave(rpm=600, tpm=200_000)
@@ -183,12 +184,14 @@ def test_a_used_up_quota_ends_the_run_and_keeps_what_is_paid(source, server):
     check(source)
 
 
+@pytest.mark.soak
 def test_a_key_that_is_missing_is_said_in_one_line(source):
     """Where it is missing is the worker; what Ray adds to an error there is left out."""
     with pytest.raises(ConfigError, match=r"^there is no API key: set CO_API_KEY .* or give key_file$"):
         engine.run(source=str(source), output=str(source.parent / "out"), model="cohere:embed-v4.0", progress=False)
 
 
+@pytest.mark.soak
 def test_a_budget_that_is_killed_is_missed_but_not_needed(source, server):
     """SIGKILL of the budget's actor: actors go on at their share, and find the new one."""
     server.behave(latency_s=0.3, rpm=1200)

@@ -177,6 +177,7 @@ def test_a_pool_grows_to_its_maximum_while_there_is_work(tmp_path):
     assert len({line.split()[0] for line in seen.read_text().splitlines()}) == 2
 
 
+@pytest.mark.soak
 def test_a_model_gets_the_threads_of_its_actor(texts, tmp_path):
     """As many as the actor has cores, where Ray's workers have one."""
     for cores in (1, 2):
