@@ -237,7 +237,7 @@ def _print(result: _Result, as_json: bool, show: Callable[[Console, _Result], No
 
 
 export_verb.add_to(app, _reporting, _print)
-gc_verb.add_to(app, _reporting, lambda result, as_json: _print(result, as_json, show))
+gc_verb.add_to(app, _reporting, _print)
 
 
 def _exit_code_of(result: RunResult, job: JobConfig) -> int:

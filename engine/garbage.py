@@ -36,13 +36,13 @@ from engine.history import RUNS
 from engine.object_storage import PROBES
 from engine.output_files import (
     ENGINE,
-    REUSE,
     WHOLE,
     File,
     names_of,
     turn_of,
 )
 from engine.places import COMMITS, DATA, HELD, REJECTS, SET_ASIDE, SUPERSEDED, held_name, part_name, rejects_name
+from engine.reuse import FOLDER as REUSE
 from engine.schema import canonical_json
 from engine.sources import indexes
 from engine.sources.in_memory import CURRENT

@@ -172,11 +172,7 @@ class Ledger(Records):
             CorruptOutput: If the part is missing, damaged, or not of this shard and fingerprint.
             CommitConflict: If a record is there that says something else.
         """
-        try:
-            name, data = places.read_part(self.storage, shard.id)
-        except FileNotFoundError:
-            raise CorruptOutput(f"the part {part_name(shard.id)} is missing") from None
-        stored = decode(data, name)
+        name, stored = self.named_part(shard.id)
         record = stored.record
         if (record.shard_id, record.fingerprint) != (shard.id, fingerprint):
             raise CorruptOutput(f"the part {name} is of another shard or job")

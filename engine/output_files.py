@@ -18,13 +18,13 @@ from engine.places import (
     record_name,
     rejects_name,
 )
+from engine.reuse import FOLDER as REUSE
 from engine.sources.indexes import FOLDER as INDEX
 from engine.sources.opening import INPUTS
 from engine.storage import STAGING
 from engine.switches import SWITCHES
 
 ENGINE = "_engine"
-REUSE = "_engine/reuse"
 WHOLE = (SET_ASIDE, STAGING, PROBES, SUPERSEDED, HELD, STAGES, SWITCHES, REUSE, INDEX, INPUTS)
 """Folders in which every file is the engine's."""
 _LEASE_NAME = re.compile(rf"{LEASE}/(\d{{8,}})\.(?:json|beat|end)")

@@ -146,11 +146,15 @@ class Records:
         Raises:
             CorruptOutput: If it is missing or damaged.
         """
+        return self.named_part(shard_id, former=former)[1]
+
+    def named_part(self, shard_id: str, *, former: bool = False) -> tuple[str, Part]:
+        """Read one part as `part` does; return its name too, which says where it lies."""
         try:
             name, data = places.read_part(self.storage, shard_id, former=former)
         except FileNotFoundError:
             raise CorruptOutput(f"the part {part_name(shard_id)} is missing") from None
-        return decode(data, name)
+        return name, decode(data, name)
 
     def open_part(self, shard_id: str) -> BinaryIO:
         """Open a part to read pieces of it, wherever it lies, superseded or not; raise FileNotFoundError if it lies nowhere."""

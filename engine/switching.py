@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import EngineError
 from engine.exchange import exchange
-from engine.places import DATA, former_name, held_name, part_name
+from engine.places import DATA, HELD, former_name, held_name, part_name
 from engine.schema import utc_now
 from engine.switches import Switch, Switches
 from engine.wording import count
@@ -44,6 +44,8 @@ def switch(ledger: Ledger, standing: Standing, still_ours: Callable[[], None]) -
     """
     still_ours()
     finish(ledger)
+    if not standing.former and next(ledger.storage.names(HELD), None) is None:
+        return 0  # as a rule: no listing of all records for it
     due = _due(ledger, standing)
     if due is None:
         return 0
