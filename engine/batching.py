@@ -11,6 +11,11 @@ import numpy.typing as npt
 
 Positions = npt.NDArray[np.int64]
 
+ALIKE = 0.92
+"""Of the longest text's tokens: a text with fewer begins a batch of its own kind, if the one before is full enough."""
+FULL_ENOUGH = 0.25
+"""Of the rows that a batch may have. Fewer would make its call dear, and save little padding."""
+
 
 def pack(lengths: npt.NDArray[Any], *, max_tokens: int, max_rows: int | None = None) -> list[Positions]:
     """
@@ -23,7 +28,8 @@ def pack(lengths: npt.NDArray[Any], *, max_tokens: int, max_rows: int | None = N
 
     Returns:
         Positions into `lengths`, each exactly once. The longest texts come first, so that memory peaks in the first batch and
-        the last ones, which end a shard, are short.
+        the last ones, which end a shard, are short. A batch that is full enough ends where texts get much shorter: filled up
+        with those, most of what it would compute more is padding.
     """
     return [batch for _, batch in pack_in_turns(lengths, [max_tokens], max_rows=max_rows)]
 
@@ -40,15 +46,19 @@ def pack_in_turns(
     Returns:
         The batches, longest first, each with its budget.
     """
-    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
+    lengths = np.asarray(lengths, np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    falling = -lengths[order]
     turns = cycle([budget for budget in budgets for _ in range(max(budgets) // budget)])
     batches = []
     start = 0
     while start < len(order):
         budget = next(turns)
-        rows = max(budget // max(int(lengths[order[start]]), 1), 1)
+        rows = max(budget // max(-int(falling[start]), 1), 1)
         if max_rows is not None:
             rows = min(rows, max_rows)
+        alike = int(np.searchsorted(falling[start : start + rows], ALIKE * falling[start], side="right"))
+        rows = max(alike, round(FULL_ENOUGH * rows), 1)
         batches.append((budget, order[start : start + rows]))
         start += rows
     return batches
