@@ -19,11 +19,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from engine.models.backends.base import is_out_of_memory
-from engine.models.backends.openvino import OpenVinoBackend
-from engine.models.encoders import PackedEncoder
 from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel
-from engine.models.token_budget import TokenBudget
-from engine.models.tokens import Tokenizer
 from tests.test_cores import threads_of_a_new_thread
 from tests.tiny_models import (
     BERT,
@@ -155,18 +151,6 @@ def test_tokens_and_padded_tokens_are_counted(case):
     assert answer.num_tokens < answer.num_padded_tokens < 1.5 * answer.num_tokens
     assert answer.busy_s > 0
     assert answer.held_s > 0
-
-
-@pytest.mark.parametrize("kind", ["BERT", "XLM-RoBERTa", "ModernBERT", "Qwen3"])
-def test_vectors_are_the_library_s_with_attention_in_whole_tiles(tmp_path, kind):
-    """Of layers that see all tokens, those near by or those before, and with fewer heads for keys than for queries."""
-    reference = KINDS[kind].save(tmp_path)
-    expected = reference.encode(mixed())
-    tokenizer, backend = Tokenizer.of(reference, None), OpenVinoBackend(reference, "float32", 2, in_tiles=True)
-    found = PackedEncoder(tokenizer, backend, TokenBudget("cpu"))(mixed()).vectors
-    parts = found.shape[1] // 32 or 1
-    for ours, theirs in zip(np.split(found, parts, 1), np.split(expected, parts, 1), strict=True):
-        assert cosines(ours, theirs).min() >= LEAST
 
 
 def test_several_callers_at_once_have_their_own_vectors(case):

@@ -14,7 +14,6 @@ from engine.models import local, model_files
 from engine.models.backends.openvino import OpenVinoBackend
 from engine.models.encoders import PackedEncoder
 from engine.models.token_budget import TokenBudget
-from engine.models.tokens import Tokenizer
 from tests.tiny_models import PACKAGED, cosines, packed, sample
 
 LEAST = {"float32": 0.99999, "bfloat16": 0.9995, "float16": 0.9995}
@@ -120,21 +119,3 @@ def test_openvino_never_computes_in_less_than_it_was_asked_for(dtype, hint):
     assert isinstance(backend, OpenVinoBackend)
     assert backend._compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == 0
     assert backend.precision in (hint, "f32")
-
-
-@cache
-def in_tiles(dtype: str) -> PackedEncoder:
-    """Return an encoder of the real MiniLM whose attention is computed over whole tiles, whatever the CPU."""
-    loaded = local.load(PACKAGED, local.chosen("cpu", "openvino"), dtype=dtype, revision=None, trust_remote_code=False)
-    return PackedEncoder(
-        Tokenizer.of(loaded, None), OpenVinoBackend(loaded, dtype, 2, in_tiles=True), TokenBudget("cpu")
-    )
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_attention_over_whole_tiles_gives_the_same_vectors(dtype):
-    """The keys that fill a tile are hidden: texts of all lengths, with neighbours and alone."""
-    encoder = in_tiles(dtype)
-    assert cosines(encoder(texts()).vectors, expected()).min() >= LEAST[dtype]
-    alone = np.concatenate([encoder([text]).vectors for text in texts()[:20]])
-    assert cosines(alone, expected()[:20]).min() >= LEAST[dtype]

@@ -8,7 +8,6 @@ is what runs; nothing is exported to a file, and no second library describes the
 from __future__ import annotations
 
 import logging
-import sys
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -18,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import openvino as ov
 import torch
-from torch.nn.functional import pad
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from engine.models.backends.base import Backend, Batch, features_of
@@ -31,8 +28,6 @@ if TYPE_CHECKING:
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 """Hints: a CPU that cannot compute in 16 bits computes in 32, which is never less exact."""
-TILE = 16
-"""Rows of an AMX tile: attention over any other number of keys takes two to three times as long (docs/benchmarks.md)."""
 
 
 class OpenVinoBackend(Backend):
@@ -43,18 +38,13 @@ class OpenVinoBackend(Backend):
         model: In float32, on the CPU. Its attention is switched to the plain implementation, which converts whole.
         dtype: float32, bfloat16 or float16.
         num_streams: Batches at a time, each on one core. Streams do not wait for each other, as the threads of one batch do.
-        in_tiles: Whether attention is computed over whole tiles; None: where the CPU has tiles and computes in bfloat16.
     """
 
     name = "openvino"
     device = "cpu"
 
-    def __init__(
-        self, model: SentenceTransformer, dtype: str, num_streams: int, *, in_tiles: bool | None = None
-    ) -> None:
+    def __init__(self, model: SentenceTransformer, dtype: str, num_streams: int) -> None:
         self.num_streams = num_streams
-        if in_tiles is None:
-            in_tiles = dtype == "bfloat16" and bool(torch.cpu.get_capabilities().get("amx_tile"))
         model[0].auto_model.set_attn_implementation("eager")
         settings = {
             "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
@@ -63,7 +53,7 @@ class OpenVinoBackend(Backend):
             "INFERENCE_NUM_THREADS": num_streams,
             "ENABLE_CPU_PINNING": False,  # several actors of a machine would all be pinned to its first cores
         }
-        core, converted = ov.Core(), _converted(model, in_tiles=in_tiles)
+        core, converted = ov.Core(), _converted(model)
         self._compiled = core.compile_model(converted, "CPU", settings)
         if self.precision not in (PRECISIONS[dtype], "f32"):  # a CPU without float16 would take bfloat16, which is less
             settings["INFERENCE_PRECISION_HINT"] = "f32"
@@ -96,49 +86,13 @@ class _Traceable(torch.nn.Module):
         return vectors
 
 
-def _converted(model: SentenceTransformer, *, in_tiles: bool) -> Any:
+def _converted(model: SentenceTransformer) -> Any:
     """Trace a model over two texts of which one is padded, so that no branch on padding is taken for settled."""
     mask = torch.ones(2, 8, dtype=torch.int64)
     mask[0, 6:] = 0
     example = {"input_ids": torch.ones(2, 8, dtype=torch.int64), "attention_mask": mask}
-    if in_tiles:
-        ALL_ATTENTION_FUNCTIONS["eager"] = _attention_in_tiles
-    try:
-        with _hushed(), torch.inference_mode(False), torch.no_grad():
-            return ov.convert_model(_Traceable(model.eval()), example_input=example)
-    finally:
-        if in_tiles:
-            del ALL_ATTENTION_FUNCTIONS["eager"]
-
-
-def _attention_in_tiles(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **options: Any,
-) -> Any:
-    """
-    Call a model's own plain attention with its keys and values filled up to whole tiles, which the mask hides.
-
-    Only attention computes the more, a few percent of the whole; the other layers see no padding.
-
-    Args:
-        module: The layer, in whose Python module transformers has the plain attention.
-        query: Shape (texts, heads, tokens, size of a head).
-        key: As `query`, perhaps with fewer heads.
-        value: As `key`.
-        attention_mask: Added to the scores; shape (texts or 1, heads or 1, tokens, tokens). Without one nothing could be hidden.
-        options: Of the plain attention.
-    """
-    own = sys.modules[type(module).__module__].eager_attention_forward
-    if attention_mask is not None and attention_mask.is_floating_point():
-        spare = -key.shape[2] % TILE
-        # Before heads and tokens are swapped: OpenVINO then still merges the swap into the multiplication.
-        key, value = (pad(one.transpose(1, 2), (0, 0, 0, 0, 0, spare)).transpose(1, 2) for one in (key, value))
-        attention_mask = pad(attention_mask, (0, spare), value=torch.finfo(attention_mask.dtype).min)
-    return own(module, query, key, value, attention_mask, **options)
+    with _hushed(), torch.inference_mode(False), torch.no_grad():
+        return ov.convert_model(_Traceable(model.eval()), example_input=example)
 
 
 @contextmanager
