@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from engine.batching import Positions
     from engine.models.base import Vectors
 
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "cublas_status_alloc_failed")
-"""What the messages of PyTorch's CUDA, MPS and CPU allocators, of cuBLAS and of OpenVINO have in them."""
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "_status_alloc_failed")
+"""What the messages of PyTorch's CUDA, MPS and CPU allocators, of cuBLAS, cuDNN and OpenVINO have in them."""
 
 
 @dataclass(frozen=True, slots=True)
