@@ -34,6 +34,8 @@ from engine.errors import EngineError, OutputInUse
 from engine.schema import canonical_json, utc_now
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from engine.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -135,11 +137,21 @@ class Lease:
         """Raise KeyboardInterrupt inside, as on Ctrl-C, when another run takes over; in other threads than the main one only `check` tells."""
         self.check()
         self._interrupts = threading.current_thread() is threading.main_thread()
+        is_ignored = self._interrupts and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        if is_ignored:  # as scripts have it for what they run in the background
+            signal.signal(signal.SIGINT, self._on_signal)
         try:
             yield
         finally:
             with self._interrupting:
                 self._interrupts = False
+            if is_ignored:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        """Go on ignoring Ctrl-C, but not what `_lose` sends."""
+        if self.is_lost:
+            raise KeyboardInterrupt
 
     def _lose(self) -> None:
         self.is_lost = True

@@ -159,6 +159,28 @@ def test_a_run_that_is_taken_over_is_interrupted_and_told(storage, monkeypatch):
     assert done.is_set()
 
 
+def test_a_run_in_the_background_of_a_script_is_interrupted_by_nothing_else(storage, monkeypatch):
+    """There Ctrl-C is ignored, and stays so; the signal by which another run takes over is not."""
+    monkeypatch.setattr(lease, "BEAT_S", 0.2)
+
+    def take_over() -> None:
+        with held(LocalStorage(storage.root), "take-over"):
+            pass
+
+    other = threading.Thread(target=take_over)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with held(storage, "refuse") as mine:
+            with mine.interrupting():
+                signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                start_inside(mine, other)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    other.join(60)
+
+
 def test_of_many_that_try_at_once_one_holds_the_output(storage):
     """Whoever loses the race for an epoch looks again, and finds the winner."""
     won = [started.result() for started in [Started(hold_once, storage.root) for _ in range(6)]]
