@@ -28,8 +28,8 @@ def pack(lengths: npt.NDArray[Any], *, max_tokens: int, max_rows: int | None = N
 
     Returns:
         Positions into `lengths`, each exactly once. The longest texts come first, so that memory peaks in the first batch and
-        the last ones, which end a shard, are short. A batch that is full enough ends where texts get much shorter: filled up
-        with those, most of what it would compute more is padding.
+        the last ones, which end a shard, are short. A batch that is full enough ends where texts get much shorter,
+        since each of those would be padded to its longest.
     """
     return [batch for _, batch in pack_in_turns(lengths, [max_tokens], max_rows=max_rows)]
 
