@@ -34,8 +34,8 @@ class Calibration:
     scale: float
     """What a step of int8 stands for."""
     source: str
-    """Whose vectors decided: `texts` of the job; a `probe`, a sentence of the engine's, as no text of the sample could be embedded; or
-    `parts`, which were there without a calibration."""
+    """Whose vectors decided: `texts` of the job; a `probe`, a sentence of the engine's, as no text of the sample could be embedded;
+    `parts`, which were there without a calibration; or those of an output that they are reused from, `reuse`."""
     num_texts: int = 0
     clipped_share: float = 0.0
     """Of the sample's numbers that lie beyond the steps, and are cut off."""

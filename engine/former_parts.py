@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from engine.calibration import stored_calibration
+from engine.calibration import Calibration, fix, stored_calibration
 from engine.errors import ConfigError
 from engine.ledger import VECTORS
 from engine.quantization import VectorFormat
 from engine.reuse import Candidates, ReuseIndex, build
-from engine.schema import differences
+from engine.schema import differences, utc_now
 from engine.survey import opened
 
 if TYPE_CHECKING:
@@ -74,14 +74,10 @@ def reuse_index(asked: Survey) -> ReuseIndex | None:
     The output has to be this run's.
     """
     storage = asked.ledger.storage
-    if asked.job.config.get("long_texts") == "chunk-rows":
-        if asked.config.reuse:
-            logger.warning("reuse: a text has several vectors with --long-texts chunk-rows, and none is reused")
-        return None
     own = Candidates(asked.ledger, tuple(sorted(asked.standing.plan.unknown)), asked.job.shard_rows)
     found = [own] if own.shard_ids else []
     kind = _Kind.of(storage)
-    scale = calibration.scale if (calibration := stored_calibration(storage)) else None
+    scale = calibration.scale if (calibration := stored_calibration(storage)) else _former_scale(asked)
     for location in asked.config.reuse:
         ledger, job = opened(location)
         other, why = _usable(ledger, kind, asked.config.output_dtype, scale)
@@ -93,7 +89,26 @@ def reuse_index(asked: Survey) -> ReuseIndex | None:
     found = _joined(found)
     if not found or kind is None:
         return None
-    return build(storage, found, kind.vectors, kind.slug)
+    index = build(storage, found, kind.vectors, kind.slug)
+    return replace(index, has_chunks=asked.config.long_texts == "chunk-rows")
+
+
+def adopt_calibration(asked: Survey) -> None:
+    """
+    Give an int8 output that has no scale yet that of the first output in `reuse` that has one: only then can their vectors stand in it.
+
+    The output has to be this run's.
+    """
+    storage = asked.ledger.storage
+    if stored_calibration(storage) is None and _Kind.of(storage) is None and (scale := _former_scale(asked)):
+        logger.info("reuse: int8 has the scale of the vectors that are reused, %.3g a step", scale)
+        fix(storage, Calibration(scale, "reuse", created_at=utc_now()))
+
+
+def _former_scale(asked: Survey) -> float | None:
+    """Return the scale of the first output in `reuse` that has vectors of int8."""
+    kinds = (_Kind.of(opened(location)[0].storage) for location in asked.config.reuse)
+    return next((kind.vectors.scale for kind in kinds if kind is not None and kind.vectors.scale), None)
 
 
 def _usable(ledger: Ledger, wanted: _Kind | None, dtype: str, scale: float | None) -> tuple[_Kind | None, str]:

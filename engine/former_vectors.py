@@ -17,13 +17,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from engine.errors import CorruptOutput
 from engine.ledger import Ledger
-from engine.quantization import Stored, from_arrow
+from engine.models.embeddings import Chunks, Ints
+from engine.quantization import from_arrow
 from engine.reuse import ENTRY, Manifest, ReuseIndex, bucket_name, bucket_of
-from engine.schema import EMBEDDING, TEXT_HASH
+from engine.schema import CHUNK_END, CHUNK_INDEX, CHUNK_START, EMBEDDING, TEXT_HASH
 from engine.storage import open_storage
+from engine.stored_vectors import Found, StoredVectors
 from engine.text_hashes import Numbers, numbers_of
 
 logger = logging.getLogger(__name__)
@@ -33,49 +36,6 @@ MAX_BYTES = 256 * 1024**2
 """Of parts that an actor keeps: as many as that, but one in any case."""
 
 COPY_BYTES = 1 << 20
-
-Ints = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """Which of some texts have a vector already."""
-
-    is_there: npt.NDArray[np.bool_]
-    """Shape (texts,)."""
-    stored: Stored
-    """The vectors of those, as they are stored: shape (texts that have one, numbers of a vector)."""
-
-    @classmethod
-    def nothing(cls, num_texts: int) -> Found:
-        """Return what there is where nothing can be reused."""
-        return cls(np.zeros(num_texts, bool), np.empty((0, 0)))
-
-    @property
-    def missing(self) -> Ints:
-        """The positions of the others."""
-        return np.flatnonzero(~self.is_there)
-
-    def between(self, start: int, stop: int) -> Found:
-        """Return the same of the texts from `start` to `stop`."""
-        before, after = (int(np.count_nonzero(self.is_there[:at])) for at in (start, stop))
-        return Found(self.is_there[start:stop], self.stored[before:after])
-
-    def with_new(self, new: Stored, failed: list[int]) -> Stored:
-        """
-        Put new vectors between the former ones, in the order of the texts.
-
-        Args:
-            new: Of the texts that had none, as they are stored.
-            failed: Positions of the texts that are rejected, and have none now either.
-        """
-        if not self.is_there.any():
-            return new
-        is_former = np.delete(self.is_there, failed)
-        every = np.empty((len(is_former), self.stored.shape[1]), self.stored.dtype)
-        every[is_former] = self.stored
-        every[~is_former] = new
-        return every
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +62,39 @@ class _Entries:
         return self.taken(order[np.flatnonzero(np.diff(self.text[order], prepend=-1))])
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What is kept of a part."""
+
+    hashes: Numbers
+    """Of its rows: a text has a row, or one for each of its chunks."""
+    stored: StoredVectors
+
+    @classmethod
+    def of(cls, table: pa.Table, *, has_chunks: bool) -> _Part:
+        """Take it from a part's table."""
+        chunks = None
+        if has_chunks and table.num_rows:
+            columns = (CHUNK_INDEX, CHUNK_START, CHUNK_END)
+            indices, starts, stops = (np.asarray(table.column(name), np.int64) for name in columns)
+            firsts = np.flatnonzero(indices == 0)
+            chunks = Chunks(np.diff(firsts, append=len(indices)), starts, stops)
+        stored = StoredVectors(from_arrow(table.column(EMBEDDING)), chunks)
+        return cls(numbers_of(table.column(TEXT_HASH)), stored)
+
+    def has(self, hashes: Numbers, rows: Ints) -> npt.NDArray[np.bool_]:
+        """Say of each row whether a text with that hash begins there."""
+        is_there = rows < len(self.hashes)
+        is_there[is_there] = (self.hashes[rows[is_there]] == hashes[is_there]).all(axis=1)
+        chunks = self.stored.chunks
+        return is_there if chunks is None else is_there & np.isin(rows, chunks.firsts[:-1])
+
+    def taken(self, rows: Ints) -> StoredVectors:
+        """Return the vectors of the texts that begin in those rows."""
+        chunks = self.stored.chunks
+        return self.stored.taken(rows if chunks is None else np.searchsorted(chunks.firsts, rows))
+
+
 class FormerVectors:
     """
     The vectors that an index leads to. Threads may share it.
@@ -112,12 +105,13 @@ class FormerVectors:
 
     def __init__(self, index: ReuseIndex) -> None:
         self.vectors = index.vectors
+        self.has_chunks = index.has_chunks
         self._index = index
         self._lock = Lock()
         self._manifest = self._read_manifest()
         self._ledgers: dict[int, Ledger] = {}
         self._buckets: dict[int, dict[str, npt.NDArray[Any]]] = {}
-        self._parts: OrderedDict[int, tuple[Numbers, Stored]] = OrderedDict()
+        self._parts: OrderedDict[int, _Part] = OrderedDict()
         self._bad: set[int] = set()
 
     @classmethod
@@ -136,34 +130,30 @@ class FormerVectors:
             return Found.nothing(len(hashes))
         with self._lock:
             entries = self._entries(hashes, self._manifest)
-            width = self._index.vectors.arrow_type
-            dtype = width.value_type.to_pandas_dtype()
-            every: Stored = np.empty((len(hashes), width.list_size), dtype)
             is_there = np.zeros(len(hashes), bool)
+            texts: list[Ints] = []
+            stored: list[StoredVectors] = []
             while len(entries.text):
                 chosen = entries.one_each()
                 for number in np.unique(chosen.part).tolist():
-                    self._take(number, chosen.taken(chosen.part == number), hashes, every, is_there)
+                    part, here = self._part(number), chosen.taken(chosen.part == number)
+                    if part is None:
+                        continue
+                    here = here.taken(part.has(hashes[here.text], here.row))
+                    if not len(here.text):
+                        continue
+                    texts.append(here.text)
+                    stored.append(part.taken(here.row))
+                    is_there[here.text] = True
                 # What is in a bad part may be in another one as well.
                 is_tried = np.isin(entries.keys, chosen.keys) | np.isin(entries.part, [*self._bad])
                 entries = entries.taken(~is_there[entries.text] & ~is_tried)
-        return Found(is_there, every[is_there])
+        if not stored:
+            return Found.nothing(len(hashes))
+        return Found(is_there, StoredVectors.joined(stored).taken(np.argsort(np.concatenate(texts))))
 
-    def _take(
-        self, number: int, entries: _Entries, hashes: Numbers, every: Stored, is_there: npt.NDArray[np.bool_]
-    ) -> None:
-        """Take vectors from a part, where its own hashes are those of the texts."""
-        part = self._part(number)
-        if part is None:
-            return
-        own, stored = part
-        entries = entries.taken(entries.row < len(own))
-        entries = entries.taken((own[entries.row] == hashes[entries.text]).all(axis=1))
-        every[entries.text] = stored[entries.row]
-        is_there[entries.text] = True
-
-    def _part(self, number: int) -> tuple[Numbers, Stored] | None:
-        """Return a part's hashes and vectors; None if it is gone or damaged."""
+    def _part(self, number: int) -> _Part | None:
+        """Return what is kept of a part; None if it is gone or damaged."""
         if number in self._parts:
             self._parts.move_to_end(number)
             return self._parts[number]
@@ -179,14 +169,13 @@ class FormerVectors:
             logger.warning("%s: its vectors are not reused", problem)
             self._bad.add(number)
             return None
-        stored = from_arrow(part.table.column(EMBEDDING))
-        self._parts[number] = numbers_of(part.table.column(TEXT_HASH)), stored
+        self._parts[number] = _Part.of(part.table, has_chunks=self.has_chunks)
         while len(self._parts) > 1 and (len(self._parts) > MAX_PARTS or self._num_bytes() > MAX_BYTES):
             self._parts.popitem(last=False)
         return self._parts[number]
 
     def _num_bytes(self) -> int:
-        return sum(stored.nbytes for _, stored in self._parts.values())
+        return sum(part.stored.rows.nbytes for part in self._parts.values())
 
     def _ledger(self, output: int, manifest: Manifest) -> Ledger:
         if output not in self._ledgers:

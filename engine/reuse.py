@@ -72,6 +72,8 @@ class ReuseIndex:
     """How the vectors are stored that it leads to."""
     slug: str = ""
     """Of the custom model that they are of."""
+    has_chunks: bool = False
+    """Whether each chunk of a text has a row."""
 
     @property
     def folder(self) -> str:

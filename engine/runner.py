@@ -12,7 +12,7 @@ from engine import history, lease, switches, switching
 from engine.calibration import stored_calibration
 from engine.errors import ConfigError, CorruptOutput, EngineError, SourceError, Stopped
 from engine.events import PoolStarted, RunPlanned, ShardDone
-from engine.former_parts import check_reuse, reuse_index
+from engine.former_parts import adopt_calibration, check_reuse, reuse_index
 from engine.interrupts import interruptible, sigterm_interrupts
 from engine.models import registry
 from engine.models.api.prices import MILLION, price_of
@@ -276,6 +276,7 @@ def _calibrated(asked: Survey, chosen: Resources, work: Work, tally: Tally, owne
         return work
     from engine.pipeline import calibration
 
+    adopt_calibration(asked)
     found, is_new = calibration.calibrated(
         asked.ledger.storage,
         work,

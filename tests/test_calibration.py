@@ -92,6 +92,27 @@ def test_a_job_is_calibrated_once_however_often_it_is_killed(source, tmp_path, a
     assert np.abs(found - wanted).max() < scale * 0.51
 
 
+def test_an_output_that_reuses_int8_vectors_has_their_scale_and_embeds_no_sample(source, tmp_path):
+    """Of the first output that has one; its own scale it would have found from other texts, and could have reused nothing."""
+    options = {"model": "custom:tests.models.HashModel", "id_column": "id", "shard_rows": 20, "output_dtype": "int8"}
+    actors = tmp_path / "actors"
+    options |= {"model_args": {"dimension": DIMENSION, "env_file": str(actors)}, "progress": False}
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    engine.run(source=str(source), output=str(first), **options)
+    before = len(actors.read_text().splitlines())
+    write(source / "b.parquet", 40)
+    result = engine.run(source=str(source), output=str(second), reuse=[str(first)], **options)
+    assert (result.num_rows, result.num_reused) == (NUM_ROWS + 40, NUM_ROWS)
+    assert len(actors.read_text().splitlines()) == before + 1  # that of the pool
+    of_first, of_second = (json.loads((out / CALIBRATION).read_bytes()) for out in (first, second))
+    assert of_second["scale"] == of_first["scale"]
+    assert (of_second["source"], of_second["usage"]) == ("reuse", None)
+    assert engine.verify(second, "full").ok
+    assert engine.verify(second, "sample").ok
+    engine.run(source=str(source), output=str(third), **options)
+    assert json.loads((third / CALIBRATION).read_bytes())["scale"] != of_first["scale"]
+
+
 @pytest.mark.soak
 def test_the_sample_is_within_max_cost_and_in_what_is_said_of_it(source, tmp_path, monkeypatch):
     """What the server was paid is what parts and calibration add up to, in every run; a stop does not wait for the sample."""

@@ -32,7 +32,7 @@ from engine.pipeline.parcel import unpack
 from engine.pipeline.worker import EmbedWorker, Work
 from engine.quantization import VectorFormat, from_arrow
 from engine.reuse import FOLDER, Candidates, build
-from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH
+from engine.schema import CHUNK_COLUMNS, EMBEDDING, SOURCE_ROW, TEXT_HASH
 from engine.sources.rows import Selection
 from engine.storage import LocalStorage, open_storage
 from engine.survey import survey
@@ -41,6 +41,7 @@ from tests.builders import make_shard
 from tests.models import HashModel
 from tests.object_stores import BUCKET, serving
 from tests.test_quantization import DTYPES, SIGNED, SignedModel
+from tests.tiny_models import BERT, bert_tokenizer, save_transformer
 
 SCALE = 1 / 120
 
@@ -81,7 +82,7 @@ class Run:
         work = Work(
             model=self.config.of_model(),
             identity=self.asked.identity,
-            selection=Selection.of(self.config),
+            selection=Selection.of(self.config, self.asked.job.kept_types),
             id_column=None,
             num_threads=0,
             log_level=logging.WARNING,
@@ -163,6 +164,65 @@ def test_known_texts_keep_their_stored_vectors_and_only_others_reach_the_model(d
         for table in tables:
             rows = table[SOURCE_ROW].to_pylist()
             assert table[TEXT_HASH].to_pylist() == text_hashes([texts[row] for row in rows]).to_pylist()
+
+
+LONG = [" ".join(f"word {number} of text {row}" for number in range(60 + 90 * row)) for row in range(4)]
+"""Of so many chunks that each differs in their number."""
+
+
+def chunk_rows(out: str | Path) -> dict[str, list[tuple[Any, ...]]]:
+    """Return of each row of the source the chunks and their vectors, in the order of the output."""
+    table = engine.read(out)
+    columns = [table[name].to_pylist() for name in (*CHUNK_COLUMNS, "text", EMBEDDING)]
+    found: dict[str, list[tuple[Any, ...]]] = defaultdict(list)
+    for key, *values in zip(table["id"].to_pylist(), *columns, strict=True):
+        found[key].append(tuple(values))
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_text_with_a_row_for_each_chunk_keeps_all_of_them(dtype, tmp_path):
+    """Between new ones, in any order, repeated, beside rejects; where all texts of a shard are known the model is not asked."""
+    options = {
+        "model": f"sentence-transformers:{save_transformer(tmp_path / 'tiny', BERT, bert_tokenizer())}",
+        "backend": "torch",
+        "long_texts": "chunk-rows",
+        "keep": ["text"],
+        "output_dtype": dtype,
+    }
+    old = Run(tmp_path / "first", {"a.parquet": [*LONG, "short", LONG[2], "another"]}, **options)
+    old()
+    texts = ["new", LONG[3], None, LONG[1], "short", LONG[1], LONG[2] + " and more", LONG[0], "", LONG[3]]
+    texts += [LONG[2], "short", None]
+    new = Run(tmp_path / "second", {"b.parquet": texts}, reuse=[tmp_path / "first"], **options)
+    new()
+    status = engine.status(tmp_path / "second")
+    assert (status.num_rows, status.num_reused, status.num_rejects) == (10, 8, 3)
+    assert engine.verify(tmp_path / "second", "full").ok
+    known, found = chunk_rows(tmp_path / "first"), chunk_rows(tmp_path / "second")
+    assert len({len(known[f"a.parquet#{row}"]) for row in range(4)}) == 4
+    for row, text in enumerate(texts):
+        if text in LONG:
+            assert found[f"b.parquet#{row}"] == known[f"a.parquet#{LONG.index(text)}"]
+    fresh = Run(tmp_path / "fresh", {"b.parquet": texts}, **options)
+    fresh()
+    wanted = chunk_rows(tmp_path / "fresh")
+    assert found.keys() == wanted.keys()
+    for key, chunks in wanted.items():
+        assert [chunk[:4] for chunk in found[key]] == [chunk[:4] for chunk in chunks]
+        np.testing.assert_allclose([c[4] for c in found[key]], [c[4] for c in chunks], atol=2e-3)
+
+
+def test_a_column_that_is_named_as_chunks_are_is_no_chunk(tmp_path):
+    """Where a text has one row, what is kept may have any name."""
+    options = {"keep": ["chunk_index"], "inputs": tmp_path / "in"}
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"text": TEXTS, "chunk_index": [None] * 50}), tmp_path / "in/a.parquet")
+    first = Run(tmp_path / "first", {}, **options)
+    first()
+    again = Run(tmp_path / "second", {}, reuse=[tmp_path / "first"], **options)
+    assert again() == []
+    assert again.stored().keys() == first.stored().keys()
 
 
 def test_a_job_s_own_former_parts_are_reused_and_the_model_is_not_asked_where_nothing_is_new(tmp_path):
@@ -338,7 +398,7 @@ def test_a_look_up_is_that_of_a_dict(tmp_path_factory, parts, wanted):
         found = former.find(hashes)
         known = {text for part in parts for text in part}
         assert found.is_there.tolist() == [text in known for text in wanted]
-        assert found.stored.ravel().tolist() == [text + 1 for text in wanted if text in known]
+        assert found.stored.rows.ravel().tolist() == [text + 1 for text in wanted if text in known]
         # And with some of the parts gone, whatever is in another part still.
         gone = ids[::2]
         for shard_id in gone:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +24,16 @@ class Chunks:
     starts: Ints
     stops: Ints
     """Of each vector's chunk, in characters of its text: shape (vectors,)."""
+
+    @classmethod
+    def joined(cls, several: Sequence[Chunks]) -> Chunks:
+        """Return the chunks of several lists of texts as those of one."""
+        return cls(*(np.concatenate([getattr(one, name) for one in several]) for name in ("counts", "starts", "stops")))
+
+    @classmethod
+    def none(cls) -> Chunks:
+        """Return the chunks of no text."""
+        return cls(*(np.empty(0, np.int64) for _ in range(3)))
 
     @property
     def firsts(self) -> Ints:

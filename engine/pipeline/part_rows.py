@@ -12,18 +12,18 @@ from engine.models.embeddings import Chunks
 from engine.quantization import Stored, VectorFormat, to_arrow, usable
 from engine.schema import CHUNK_END, CHUNK_INDEX, CHUNK_START, EMBEDDING, SOURCE_ROW, TEXT_HASH, Reject
 from engine.sources import texts as text_checks
+from engine.stored_vectors import StoredVectors
 
 UNFIT = "its vector is too large or too small for {dtype}"
 
 
-def fitting(stored: Stored, kind: VectorFormat, chunks: Chunks | None) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def fitting(stored: StoredVectors, kind: VectorFormat) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     """
     Tell the texts whose vectors are all usable from those with one that is lost: too large for float16, or all zeros in it or in int8.
 
     Args:
-        stored: Vectors as they are stored.
-        kind: How that is.
-        chunks: Which vectors are whose; None if each text has one.
+        stored: The vectors of the texts.
+        kind: How they are stored.
 
     Returns:
         Shape (texts,).
@@ -31,9 +31,9 @@ def fitting(stored: Stored, kind: VectorFormat, chunks: Chunks | None) -> np.nda
     Raises:
         ConfigError: If none of several is usable: then it is the model that does not suit the type.
     """
-    fits = usable(stored, kind)
-    if chunks is not None and len(fits):
-        fits = np.logical_and.reduceat(fits, chunks.firsts[:-1])
+    fits = usable(stored.rows, kind)
+    if stored.chunks is not None and len(fits):
+        fits = np.logical_and.reduceat(fits, stored.chunks.firsts[:-1])
     if len(fits) > 1 and not fits.any():
         raise ConfigError(
             f"output_dtype: the model's vectors are too large or too small for {kind.dtype}: store them as float32, in another output "

@@ -18,12 +18,12 @@ import pyarrow.compute as pc
 
 from engine.commits import Usage
 from engine.errors import EngineError, ProviderError, Refused
-from engine.former_vectors import FormerVectors, Found
+from engine.former_vectors import FormerVectors
 from engine.model_config import ModelConfig
 from engine.models import registry
 from engine.models.api.prices import dollars
 from engine.models.base import BaseEmbeddingModel
-from engine.models.embeddings import Embeddings, Vectors
+from engine.models.embeddings import Chunks, Embeddings, Vectors
 from engine.models.loop_thread import LoopThread
 from engine.pipeline.budget import Shared, join
 from engine.pipeline.parcel import Item, pack, unpack
@@ -34,6 +34,7 @@ from engine.reuse import ReuseIndex
 from engine.schema import SOURCE_ROW, utc_now
 from engine.sources import texts as text_checks
 from engine.sources.rows import Rows, Selection
+from engine.stored_vectors import Found, StoredVectors
 from engine.text_hashes import numbers_of, text_hashes
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ class EmbedWorker:
         hashes = text_hashes(all_texts)
         former = self._former.find(numbers_of(hashes)) if self._former else Found.nothing(len(all_texts))
         new_texts = [all_texts[at] for at in former.missing.tolist()]
-        logger.debug("embedding started: %d texts, %d others have vectors", len(new_texts), len(former.stored))
+        logger.debug("embedding started: %d texts, %d others have vectors", len(new_texts), former.num_texts)
         try:
             answer = self._embedded(new_texts)
         except ProviderError:
@@ -142,30 +143,25 @@ class EmbedWorker:
             good = np.array([number for number in range(len(texts)) if number not in failed], np.int64)
             stop_vector = first_vector + len(here.missing) - len(failed)
             chunks, vectors = answer.of_texts(first_vector, stop_vector)
-            stored, kind = self._stored(vectors)
-            stored = here.with_new(stored, sorted(failed))
-            fits = fitting(stored, kind, chunks)
+            new, kind = self._stored(vectors)
+            stored = here.with_new(StoredVectors(new, chunks), sorted(failed))
+            fits = fitting(stored, kind)
             if not fits.all():
                 failed |= dict.fromkeys(good[~fits].tolist(), UNFIT.format(dtype=kind.dtype))
-                good = good[fits]
-                if chunks is None:
-                    stored = stored[fits]
-                else:
-                    chunks, of_vectors = chunks.taken(np.flatnonzero(fits))
-                    stored = stored[of_vectors]
+                good, stored = good[fits], stored.taken(np.flatnonzero(fits))
             reasons |= {positions[number]: why for number, why in failed.items()}
             rows = self._kept_columns(item)
             survivors = rows if len(good) == rows.num_rows else rows.take(pa.array(np.array(positions, np.int64)[good]))
             usage = self._usage(answer, (first_new, stop_new, len(new_texts)), survivors)
-            usage = replace(usage, num_reused=len(here.stored))
+            usage = replace(usage, num_reused=here.num_texts)
             hashed = hashes.slice(first_text, len(texts)).take(pa.array(good))
-            if chunks is not None:
+            if stored.chunks is not None:
                 survivors = with_chunks(
-                    survivors, [texts[number] for number in good.tolist()], chunks, self._text_column
+                    survivors, [texts[number] for number in good.tolist()], stored.chunks, self._text_column
                 )
                 usage = replace(usage, num_vectors=survivors.num_rows)
-                hashed = hashed.take(pa.array(np.repeat(np.arange(len(good)), chunks.counts)))
-            table = with_vectors(survivors, hashed, stored, kind)
+                hashed = hashed.take(pa.array(np.repeat(np.arange(len(good)), stored.chunks.counts)))
+            table = with_vectors(survivors, hashed, stored.rows, kind)
             embedded.append(Item(item.shard, table, rejects=rejects_of(rows, reasons), usage=usage, vectors=kind))
             first_text, first_new, first_vector = stop, stop_new, stop_vector
         return embedded
@@ -173,7 +169,8 @@ class EmbedWorker:
     def _embedded(self, texts: list[str]) -> Embeddings:
         """Embed texts; the model is not asked if there are none, and former parts say what its vectors are like."""
         if not texts and self._former is not None:
-            return Embeddings(np.empty((0, self._former.vectors.dimension), np.float32))
+            nothing = np.empty((0, self._former.vectors.dimension), np.float32)
+            return Embeddings(nothing, chunks=Chunks.none() if self._former.has_chunks else None)
         answer = self._thread.submit(self._answer(texts)).result()
         if self._former is not None and answer.vectors.shape[1] != self._former.vectors.dimension:
             raise Refused(
