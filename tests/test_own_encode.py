@@ -162,6 +162,21 @@ def test_tokens_are_counted_as_they_go_into_the_model(tmp_path):
     assert 0 < padded.busy_s <= padded.held_s
 
 
+@pytest.mark.parametrize(("kind", "is_told"), [(own_forward, True), (prompt_left_out, True), (own_module, False)])
+def test_what_is_cut_off_is_counted_where_the_tokenizer_tells(tmp_path, kind, is_told):
+    """Text by text, as of plain transformers; not of a module that makes of a text what its tokenizer does not say."""
+    texts = ["short", "one two three " * 100, "another", "one two three " * 105]
+    encoded = encoder_of(kind(tmp_path))(texts)
+    plain = packed(with_modules(save_transformer(tmp_path / "plain", BERT, bert_tokenizer())))(texts)
+    if is_told:
+        assert encoded.lost.keys() == plain.lost.keys() == {1, 3}
+        num_of_prompt = len(bert_tokenizer()("the sea is blue: ")["input_ids"]) - 2 if kind is prompt_left_out else 0
+        assert {at: lost - num_of_prompt for at, lost in encoded.lost.items()} == plain.lost
+    else:
+        assert encoded.lost == {}
+    assert (encoded.num_long, encoded.num_lost_tokens) == (len(encoded.lost), sum(encoded.lost.values()))
+
+
 def test_texts_a_batch_are_limited(tmp_path):
     """By what was asked for."""
     model = own_module(tmp_path)

@@ -37,6 +37,11 @@ class Encoded(Embeddings):
     failed: dict[int, Exception] = field(default_factory=dict)
     """Positions among the texts, and why."""
 
+    def count_lost(self, tokens: Tokens) -> None:
+        """Tell what of the texts was cut off."""
+        self.lost = {at: int(tokens.lost[at]) for at in np.flatnonzero(tokens.lost).tolist()}
+        self.num_long, self.num_lost_tokens = len(self.lost), sum(self.lost.values())
+
 
 class Encoder(ABC):
     """Turns texts into vectors; may be called from several threads at once."""
@@ -88,8 +93,7 @@ class PackedEncoder(Encoder):
         """Encode texts; only their tokens and their vectors are held as a whole."""
         tokens = self.tokenizer(texts) if tokens is None else tokens
         encoded = Encoded(np.empty((len(texts), 0), np.float32))
-        encoded.lost = {at: int(tokens.lost[at]) for at in np.flatnonzero(tokens.lost).tolist()}
-        encoded.num_long, encoded.num_lost_tokens = len(encoded.lost), sum(encoded.lost.values())
+        encoded.count_lost(tokens)
         giants: list[Positions] = []
         with self.budget.trial(int(tokens.starts[-1])) as budgets:
             todo = self._packed(tokens, np.arange(len(texts)), budgets)
@@ -165,13 +169,22 @@ class OwnEncoder(Encoder):
     A model's own `encode`, for what is not a plain transformer: static embeddings, routers, modules of its own.
 
     One call at a time, since such a model may keep anything. Tokens are counted as they go into the model.
+
+    Args:
+        model: Any.
+        prompt: Put before every text.
+        batch_size: Texts that go through the model together at most.
+        beside: Tells what the model cuts off; None if nothing does.
     """
 
     backend_name = "encode"
 
-    def __init__(self, model: SentenceTransformer, prompt: str | None, batch_size: int) -> None:
+    def __init__(
+        self, model: SentenceTransformer, prompt: str | None, batch_size: int, beside: Tokenizer | None = None
+    ) -> None:
         self.device = str(model.device)
         self._model = model
+        self._beside = beside
         self._prompt = prompt
         self._batch_size = batch_size
         self._turn = threading.Lock()
@@ -179,10 +192,12 @@ class OwnEncoder(Encoder):
         self._num_tokens = self._num_padded_tokens = 0
         model.register_forward_pre_hook(self._count_tokens)
 
-    def __call__(self, texts: Sequence[str], tokens: Tokens | None = None) -> Encoded:  # noqa: ARG002 - of others
+    def __call__(self, texts: Sequence[str], tokens: Tokens | None = None) -> Encoded:
         """Encode texts as the model's authors meant it."""
         if not texts:  # of which some make no array of two dimensions
             return Encoded(np.empty((0, 0), np.float32))
+        if tokens is None and self._beside is not None:
+            tokens = self._beside(texts)
         with self._turn:
             began = time.perf_counter()
             self._num_tokens = self._num_padded_tokens = 0
@@ -198,13 +213,16 @@ class OwnEncoder(Encoder):
                 .cpu()
                 .numpy()
             )
-            return Encoded(
+            encoded = Encoded(
                 vectors,
                 num_tokens=self._num_tokens,
                 num_padded_tokens=self._num_padded_tokens,
                 busy_s=time.perf_counter() - began,
                 held_s=self._clock.held_s(began),
             )
+        if tokens is not None:
+            encoded.count_lost(tokens)
+        return encoded
 
     def _count_tokens(self, _module: Any, inputs: tuple[Any, ...]) -> None:
         features = inputs[0] if inputs and isinstance(inputs[0], Mapping) else {}

@@ -137,7 +137,7 @@ def encoder(
             logger.warning("backend openvino: %s is not a plain transformer; its own encode is used", _name(model))
         size = max_rows or DEFAULT_BATCH_SIZE.get(chosen.kind, DEFAULT_BATCH_SIZE["cpu"])
         _log(model, chosen.device, "its own encode", dtype, "it is not a plain transformer with pooling")
-        return OwnEncoder(_cast(model, dtype), prompt, size)
+        return OwnEncoder(_cast(model, dtype), prompt, size, _beside(model, prompt))
     backend = _converted(model, tokenizer, dtype) if chosen.backend == "openvino" else None
     if backend is None:
         why = chosen.why if chosen.backend == "torch" else "OpenVINO cannot run it"
@@ -166,6 +166,16 @@ def fitter(
             "only truncate is possible"
         )
     return Fitter(tokenizer, how, overlap)
+
+
+def _beside(model: SentenceTransformer, prompt: str | None) -> Tokenizer | None:
+    """Return what tells how much of a text a model's own `encode` cuts off; None if it cuts nothing, or nobody knows."""
+    try:
+        tokenizer = Tokenizer.beside(model, prompt)
+    except Exception as error:  # a model of any kind, which embeds all the same
+        logger.debug("nothing tells what %s makes of a text: %s", _name(model), type(error).__name__)
+        return None
+    return tokenizer if tokenizer is not None and tokenizer.max_length is not None else None
 
 
 def _converted(model: SentenceTransformer, tokenizer: Tokenizer, dtype: str) -> Backend | None:
