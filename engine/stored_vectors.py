@@ -59,11 +59,6 @@ class Found:
         """The positions of the others."""
         return np.flatnonzero(~self.is_there)
 
-    def between(self, start: int, stop: int) -> Found:
-        """Return the same of the texts from `start` to `stop`."""
-        before, after = (int(np.count_nonzero(self.is_there[:at])) for at in (start, stop))
-        return Found(self.is_there[start:stop], self.stored.taken(np.arange(before, after)))
-
     def with_new(self, new: StoredVectors, failed: list[int]) -> StoredVectors:
         """
         Put new vectors between the former ones, in the order of the texts.

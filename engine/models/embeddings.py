@@ -85,10 +85,3 @@ class Embeddings:
     """Of each long text how many of its tokens are not in its vector, where that is known text by text: both counts above in detail."""
     chunks: Chunks | None = None
     """Of a model that gives each chunk of a text a vector of its own."""
-
-    def of_texts(self, first: int, stop: int) -> tuple[Chunks | None, Vectors]:
-        """Return the chunks, if there are any, and the vectors of some texts, by their numbers among those that are no rejects."""
-        if self.chunks is None:
-            return None, self.vectors[first:stop]
-        chunks, of_vectors = self.chunks.taken(np.arange(first, stop))
-        return chunks, self.vectors[of_vectors]

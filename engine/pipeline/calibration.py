@@ -25,8 +25,9 @@ from engine.models import registry
 from engine.models.api.prices import dollars
 from engine.models.base import PROBE, Embeddings, lowest_cosine
 from engine.pipeline import cluster
+from engine.pipeline.answered import COUNTS
 from engine.pipeline.stream import MAX_CRASHES, NO_NODE_S, STALL_S
-from engine.pipeline.worker import COUNTS, EmbedWorker, Work
+from engine.pipeline.worker import EmbedWorker, Work
 from engine.quantization import INT8_MAX, VectorFormat, dequantize, quantize, scale_for
 from engine.schema import utc_now
 from engine.sources import texts as text_checks

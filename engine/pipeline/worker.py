@@ -25,16 +25,17 @@ from engine.models.api.prices import dollars
 from engine.models.base import BaseEmbeddingModel
 from engine.models.embeddings import Chunks, Embeddings, Vectors
 from engine.models.loop_thread import LoopThread
+from engine.pipeline.answered import Answered
 from engine.pipeline.budget import Shared, join
 from engine.pipeline.parcel import Item, pack, unpack
-from engine.pipeline.part_rows import UNFIT, fitting, rejects_of, with_chunks, with_vectors
-from engine.quantization import Stored, VectorFormat, quantize
+from engine.pipeline.part_rows import rejects_of, with_chunks, with_vectors
+from engine.quantization import VectorFormat, quantize
 from engine.repeated_ids import num_repeated
 from engine.reuse import ReuseIndex
 from engine.schema import SOURCE_ROW, utc_now
 from engine.sources import texts as text_checks
 from engine.sources.rows import Rows, Selection
-from engine.stored_vectors import Found, StoredVectors
+from engine.stored_vectors import Found
 from engine.text_hashes import numbers_of, text_hashes
 
 logger = logging.getLogger(__name__)
@@ -42,11 +43,6 @@ logger = logging.getLogger(__name__)
 MADE_ID = "id"
 CLOSE_S = 2.0
 """For which an actor that ends waits for its model: what it has to close is connections and threads."""
-COUNTS = (
-    "num_tokens", "num_padded_tokens", "num_requests", "num_refusals", "num_retries", "num_duplicates", "num_long",
-    "num_lost_tokens",
-)  # fmt: skip
-"""Of an answer, that are divided among its shards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +115,10 @@ class EmbedWorker:
     def _embed(self, items: Sequence[Item]) -> list[Item]:
         """Embed the texts of all items together, so that batches fill up however small the shards are."""
         found = [text_checks.texts_in(Rows(item.table, item.faults)) for item in items]
-        all_texts = [text for texts, _, _ in found for text in texts]
-        hashes = text_hashes(all_texts)
-        former = self._former.find(numbers_of(hashes)) if self._former else Found.nothing(len(all_texts))
-        new_texts = [all_texts[at] for at in former.missing.tolist()]
+        texts = [text for of_item, _, _ in found for text in of_item]
+        hashes = text_hashes(texts)
+        former = self._former.find(numbers_of(hashes)) if self._former else Found.nothing(len(texts))
+        new_texts = [texts[at] for at in former.missing.tolist()]
         logger.debug("embedding started: %d texts, %d others have vectors", len(new_texts), former.num_texts)
         try:
             answer = self._embedded(new_texts)
@@ -131,40 +127,41 @@ class EmbedWorker:
                 raise
             return [self._left(item) for item in items]  # the budget knows, and ends the run
         logger.debug("embedding done: %d embeddings, %d rejects", len(answer.vectors), len(answer.rejects))
+        answered = Answered.of(texts, hashes, former, answer, self._kind_of(answer.vectors))
+        stops = np.cumsum([len(of_item) for of_item, _, _ in found]).tolist()
+        return [
+            self._item(item, positions, reasons, answered, slice(stop - len(of_item), stop))
+            for item, (of_item, positions, reasons), stop in zip(items, found, stops, strict=True)
+        ]
 
-        embedded = []
-        first_text = first_new = first_vector = 0
-        for item, (texts, positions, reasons) in zip(items, found, strict=True):
-            stop = first_text + len(texts)
-            here = former.between(first_text, stop)
-            stop_new = first_new + len(here.missing)
-            rejected = {at - first_new: why for at, why in answer.rejects.items() if first_new <= at < stop_new}
-            failed = {int(here.missing[at]): why for at, why in rejected.items()}
-            good = np.array([number for number in range(len(texts)) if number not in failed], np.int64)
-            stop_vector = first_vector + len(here.missing) - len(failed)
-            chunks, vectors = answer.of_texts(first_vector, stop_vector)
-            new, kind = self._stored(vectors)
-            stored = here.with_new(StoredVectors(new, chunks), sorted(failed))
-            fits = fitting(stored, kind)
-            if not fits.all():
-                failed |= dict.fromkeys(good[~fits].tolist(), UNFIT.format(dtype=kind.dtype))
-                good, stored = good[fits], stored.taken(np.flatnonzero(fits))
-            reasons |= {positions[number]: why for number, why in failed.items()}
-            rows = self._kept_columns(item)
-            survivors = rows if len(good) == rows.num_rows else rows.take(pa.array(np.array(positions, np.int64)[good]))
-            usage = self._usage(answer, (first_new, stop_new, len(new_texts)), survivors)
-            usage = replace(usage, num_reused=here.num_texts)
-            hashed = hashes.slice(first_text, len(texts)).take(pa.array(good))
-            if stored.chunks is not None:
-                survivors = with_chunks(
-                    survivors, [texts[number] for number in good.tolist()], stored.chunks, self._text_column
-                )
-                usage = replace(usage, num_vectors=survivors.num_rows)
-                hashed = hashed.take(pa.array(np.repeat(np.arange(len(good)), stored.chunks.counts)))
-            table = with_vectors(survivors, hashed, stored.rows, kind)
-            embedded.append(Item(item.shard, table, rejects=rejects_of(rows, reasons), usage=usage, vectors=kind))
-            first_text, first_new, first_vector = stop, stop_new, stop_vector
-        return embedded
+    def _item(self, item: Item, positions: list[int], reasons: dict[int, str], answered: Answered, span: slice) -> Item:
+        """
+        Make a shard's part of what there is of the texts of all.
+
+        Args:
+            item: The shard.
+            positions: Of its texts among its rows.
+            reasons: Of rows that have no text, by position.
+            answered: Of the texts of all shards.
+            span: Of its texts among them.
+        """
+        good = np.flatnonzero(answered.is_good[span])
+        stored = answered.stored.taken(answered.places[span][good])
+        numbers = range(span.start, span.stop)
+        reasons |= {
+            positions[at]: answered.failed[number] for at, number in enumerate(numbers) if number in answered.failed
+        }
+        rows = self._kept_columns(item)
+        survivors = rows if len(good) == rows.num_rows else rows.take(pa.array(np.array(positions, np.int64)[good]))
+        usage = self._usage(answered, span, survivors)
+        hashed = answered.hashes.slice(span.start, len(numbers)).take(pa.array(good))
+        if stored.chunks is not None:
+            texts = [answered.texts[span.start + at] for at in good.tolist()]
+            survivors = with_chunks(survivors, texts, stored.chunks, self._text_column)
+            usage = replace(usage, num_vectors=survivors.num_rows)
+            hashed = hashed.take(pa.array(np.repeat(np.arange(len(good)), stored.chunks.counts)))
+        table = with_vectors(survivors, hashed, stored.rows, answered.kind)
+        return Item(item.shard, table, rejects=rejects_of(rows, reasons), usage=usage, vectors=answered.kind)
 
     def _embedded(self, texts: list[str]) -> Embeddings:
         """Embed texts; the model is not asked if there are none, and former parts say what its vectors are like."""
@@ -182,25 +179,21 @@ class EmbedWorker:
     def _slug(self) -> str:
         return self._model.slug() if self._work.model.provider == registry.CUSTOM else ""
 
-    def _usage(self, answer: Embeddings, span: tuple[int, int, int], survivors: pa.Table) -> Usage:
-        """Return what a shard cost: its share of an answer, by its first text, the one behind its last, and the number of all."""
-        first, stop, num_texts = span
-        before, after = first / max(num_texts, 1), stop / max(num_texts, 1)
-        counts = {name: _share(getattr(answer, name), before, after) for name in COUNTS}
-        if answer.lost:  # text by text
-            lost = [num_tokens for at, num_tokens in answer.lost.items() if first <= at < stop]
-            counts |= {"num_long": len(lost), "num_lost_tokens": sum(lost)}
+    def _usage(self, answered: Answered, span: slice, survivors: pa.Table) -> Usage:
+        """Return what a shard cost: its share of the model's answer, by the texts that went through the model."""
+        counts, share = answered.counts(span)
         price = self._work.price
         return Usage(
             **counts,
             cost=None if price is None else round(dollars(counts["num_tokens"], price), 9),
-            embed_s=round(answer.held_s * (after - before), 6),
-            busy_s=round(answer.busy_s * (after - before), 6),
+            embed_s=round(answered.answer.held_s * share, 6),
+            busy_s=round(answered.answer.busy_s * share, 6),
             device=getattr(self._model, "device", ""),
             backend=getattr(self._model, "backend", ""),
             slug=self._slug(),
             created_at=utc_now(),
             num_repeated_ids=num_repeated(survivors.column(0)) if self._work.id_column else 0,
+            num_reused=int(np.count_nonzero(answered.former.is_there[span])),
         )
 
     @property
@@ -210,14 +203,14 @@ class EmbedWorker:
         return selection.text_column if selection.text_template is None else None
 
     def _left(self, item: Item) -> Item:
-        rows = self._kept_columns(item).slice(0, 0)
-        stored, kind = self._stored(np.empty((0, 1), np.float32))
-        return Item(item.shard, with_vectors(rows, text_hashes([]), stored, kind), is_left=True, vectors=kind)
+        rows, vectors = self._kept_columns(item).slice(0, 0), np.empty((0, 1), np.float32)
+        kind = self._kind_of(vectors)
+        table = with_vectors(rows, text_hashes([]), quantize(vectors, kind), kind)
+        return Item(item.shard, table, is_left=True, vectors=kind)
 
-    def _stored(self, vectors: Vectors) -> tuple[Stored, VectorFormat]:
-        """Return vectors as they are stored: here, so that no more than that travels to the publisher."""
-        kind = VectorFormat(self._work.output_dtype, vectors.shape[1], self._work.scale)
-        return quantize(vectors, kind), kind
+    def _kind_of(self, vectors: Vectors) -> VectorFormat:
+        """Return how vectors are stored: they become that here, so that no more travels to the publisher."""
+        return VectorFormat(self._work.output_dtype, vectors.shape[1], self._work.scale)
 
     async def _answer(self, texts: list[str]) -> Embeddings:
         """Embed texts; the dimension is known even if there are none."""
@@ -236,11 +229,6 @@ class EmbedWorker:
         rows = item.table.column(SOURCE_ROW)
         ids = pc.binary_join_element_wise(item.shard.file.path, rows.cast(pa.string()), "#")
         return item.table.select([*self._work.selection.kept, SOURCE_ROW]).add_column(0, MADE_ID, ids)
-
-
-def _share(total: int, before: float, after: float) -> int:
-    """Return a shard's part of a count of several: the parts add up exactly."""
-    return round(total * after) - round(total * before)
 
 
 def _built(work: Work) -> BaseEmbeddingModel:
