@@ -40,15 +40,18 @@ class Job:
         address: Of the Ray cluster that it runs on; None lets each run start its own.
         delay_s: Seconds that the model takes for a shard.
         num_actors: On one core each.
+
+    While there is a file `held` in the folder, the model waits.
     """
 
     def __init__(self, folder: Path, address: str | None, delay_s: float = 0.05, num_actors: int = 2) -> None:
+        self.held = folder / "held"
         self.output: Path | str = folder / "out"
         self.source: Path | str = folder / "in"
         self._folder = folder
         self._address = address
         self._num_actors = num_actors
-        self._model_args = {"fail_on": FAILING, "delay_s": delay_s}
+        self._model_args = {"fail_on": FAILING, "delay_s": delay_s, "hold": str(self.held)}
         self.expected = self._write()
 
     def _write(self) -> dict[str, np.ndarray]:

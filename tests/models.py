@@ -23,6 +23,7 @@ class HashModel(BaseEmbeddingModel):
         env_file: A file to which each actor appends its process id and what it sees as CUDA_VISIBLE_DEVICES; and when it is
             closed, its process id to another of that name with `-closed`.
         crowd: Calls wait until so many actors are in that file, half a minute at most each.
+        hold: A file: while it is there, calls wait.
     """
 
     def __init__(
@@ -32,7 +33,9 @@ class HashModel(BaseEmbeddingModel):
         fail_on: str | None = None,
         env_file: str | None = None,
         crowd: int = 0,
+        hold: str = "",
     ) -> None:
+        self.hold = hold
         self.size = dimension
         self.crowd = crowd
         self.delay_s = delay_s
@@ -57,6 +60,8 @@ class HashModel(BaseEmbeddingModel):
             if not self.env_file or Path(self.env_file).read_text().count("\n") >= self.crowd:  # noqa: ASYNC240 - a test's
                 break
             await asyncio.sleep(0.1)
+        while self.hold and Path(self.hold).exists():  # noqa: ASYNC110, ASYNC240 - a test's
+            await asyncio.sleep(0.05)
         if self.fail_on and any(self.fail_on in text for text in texts):
             raise RuntimeError("it contains what must not be")
         return np.stack([self.vector(text) for text in texts])

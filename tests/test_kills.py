@@ -133,17 +133,21 @@ def test_two_drivers_at_once_end_with_every_row_once(job):
 
 def test_a_run_is_refused_beside_a_live_one_and_may_take_its_place(address, tmp_path):
     """The second says who owns the output, and touches nothing; a third takes over, and the first leaves with 3."""
-    job = Job(tmp_path, address, delay_s=1.0)
+    job = Job(tmp_path, address)
     first = job.start()
     job.wait_for_commits(1, first)
+    job.held.touch()
     refused = job.start()
     _, stderr = refused.communicate(timeout=60)
     assert refused.returncode == 3
     assert f"is in use by a run on {platform.node()} (process {first.pid}, ".encode() in stderr
-    job.finish("--if-in-use", "take-over")
+    third = job.start("--if-in-use", "take-over")
     _, stderr = first.communicate(timeout=60)
     assert first.returncode == 3
     assert b"was taken over by another run" in stderr
+    job.held.unlink()
+    _, stderr = third.communicate(timeout=60)
+    assert third.returncode == 0, stderr.decode()[-4000:]
     job.check()
 
 
