@@ -268,7 +268,9 @@ class _Check:
             yield error.message
             return
         if self._has_ids:
-            self._ids.add(shard_id, stored.table.column(0), np.asarray(stored.table.column(SOURCE_ROW)))
+            rows = np.asarray(stored.table.column(SOURCE_ROW))
+            firsts = np.flatnonzero(np.diff(rows, prepend=-1))  # chunks of a text have its id, and repeat none
+            self._ids.add(shard_id, stored.table.column(0).take(pa.array(firsts)), rows[firsts])
         if stored.record != record:
             yield f"the part {part_name(shard_id)} is not what its commit record says: its checksum or counts differ"
         if stored.rejects and self._ledger.storage.read(rejects_name(shard_id)) != stored.rejects_bytes():

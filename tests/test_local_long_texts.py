@@ -366,6 +366,7 @@ def test_a_job_with_a_row_for_each_chunk_is_whole_and_verified(job):
     for level in ("quick", "footers", "full", "sample"):
         verdict = engine.verify(job.out, level)
         assert verdict.ok, verdict.findings
+        assert not verdict.warnings  # that ids repeat: those of chunks do not
     assert verdict.lowest_cosine == pytest.approx(1, abs=1e-4)
 
 
