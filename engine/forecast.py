@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from engine.former_vectors import FormerVectors
 from engine.models import registry
 from engine.models.api.budget import Budget
 from engine.models.api.limits import MINUTE_S, Limits
@@ -18,21 +19,29 @@ from engine.provider_use import Forecast
 from engine.sources import texts as text_checks
 from engine.sources.formats import read_shards
 from engine.sources.rows import Selection
+from engine.text_hashes import numbers_of, text_hashes
 
 if TYPE_CHECKING:
     from engine.config import JobConfig
     from engine.planning import Plan
+    from engine.reuse import ReuseIndex
     from engine.schema import Shard
 
 SAMPLE_BYTES = 2_000_000_000
 """Of text that is read at most: about a minute and a half on one core. Of more, shards are drawn evenly."""
 
 
-def forecast(config: JobConfig, plan: Plan) -> Forecast | None:
+def forecast(config: JobConfig, plan: Plan, index: Callable[[], ReuseIndex | None]) -> Forecast | None:
     """
     Count what a run would send; None if the model is not behind an API.
 
-    Reads the pending texts, up to `SAMPLE_BYTES` of them. Duplicates and long texts are found as a run finds them.
+    Reads the pending texts, up to `SAMPLE_BYTES` of them. Duplicates, long texts, and those that have a vector already are found as a
+    run finds them.
+
+    Args:
+        config: Of the job.
+        plan: What is left to do.
+        index: Builds the index of the vectors that a run would reuse; called if it is needed.
     """
     model = registry.model_class(config)
     if not issubclass(model, ApiEmbeddingModel):
@@ -47,8 +56,11 @@ def forecast(config: JobConfig, plan: Plan) -> Forecast | None:
         min(terms.max_request_tokens, Budget(limits).request_tokens if limits.is_known else float("inf")),
     )
     found = _Found()
+    former = FormerVectors(reused) if sample and (reused := index()) else None
     for texts, num_rejects in _texts(config, sample):
-        numbers, pieces = terms.prepared(texts, config.prompt or "", config.long_texts)
+        new = texts if former is None else _unknown(texts, former)
+        found.num_reused += len(texts) - len(new)
+        numbers, pieces = terms.prepared(new, config.prompt or "", config.long_texts)
         found.num_rejects += num_rejects
         found.num_texts += len(pieces)
         found.num_duplicates += len(numbers) - len(pieces)
@@ -71,6 +83,7 @@ def forecast(config: JobConfig, plan: Plan) -> Forecast | None:
         num_requests=num_requests,
         cost=None if price is None else round(dollars(num_tokens, price), 6),
         seconds=_seconds(limits, num_tokens, num_requests),
+        num_reused=round(found.num_reused * scale),
     )
 
 
@@ -81,6 +94,7 @@ class _Found:
     num_rejects: int = 0
     num_long: int = 0
     num_tokens: int = 0
+    num_reused: int = 0
 
 
 @dataclass(slots=True)
@@ -99,6 +113,12 @@ class _Request:
             self.num_inputs, self.weight = 0, 0.0
         self.num_inputs += 1
         self.weight += piece
+
+
+def _unknown(texts: list[str], former: FormerVectors) -> list[str]:
+    """Return the texts that have no vector yet."""
+    is_known = former.knows(numbers_of(text_hashes(texts)))
+    return [text for text, is_there in zip(texts, is_known.tolist(), strict=True) if not is_there]
 
 
 def _texts(config: JobConfig, groups: Sequence[Sequence[Shard]]) -> Iterator[tuple[list[str], int]]:

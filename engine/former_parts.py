@@ -67,11 +67,13 @@ def check_reuse(asked: Survey) -> None:
             )
 
 
-def reuse_index(asked: Survey) -> ReuseIndex | None:
+def reuse_index(asked: Survey, beside: Storage | None = None) -> ReuseIndex | None:
     """
     Build the index of the vectors that can be reused, or find it built; None if there are no parts to take any from.
 
-    The output has to be this run's.
+    Args:
+        asked: The job.
+        beside: Where to build it; by default in the output, which then has to be this run's.
     """
     storage = asked.ledger.storage
     own = Candidates(asked.ledger, tuple(sorted(asked.standing.plan.unknown)), asked.job.shard_rows)
@@ -89,7 +91,7 @@ def reuse_index(asked: Survey) -> ReuseIndex | None:
     found = _joined(found)
     if not found or kind is None:
         return None
-    index = build(storage, found, kind.vectors, kind.slug)
+    index = build(beside or storage, found, kind.vectors, kind.slug)
     return replace(index, has_chunks=asked.config.long_texts == "chunk-rows")
 
 

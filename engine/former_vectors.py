@@ -152,6 +152,14 @@ class FormerVectors:
             return Found.nothing(len(hashes))
         return Found(is_there, StoredVectors.joined(stored).taken(np.argsort(np.concatenate(texts))))
 
+    def knows(self, hashes: Numbers) -> npt.NDArray[np.bool_]:
+        """Say which texts the index has a place for, without a look at the parts: shape (texts,)."""
+        is_there = np.zeros(len(hashes), bool)
+        if self._manifest is not None:
+            with self._lock:
+                is_there[self._entries(hashes, self._manifest).text] = True
+        return is_there
+
     def _part(self, number: int) -> _Part | None:
         """Return what is kept of a part; None if it is gone or damaged."""
         if number in self._parts:

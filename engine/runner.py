@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from engine.planning import parcels
 from engine.results import Finding, PlanResult, RunResult
 from engine.sources import in_memory, indexes
 from engine.sources.opening import is_staged_source
+from engine.storage import open_storage
 from engine.survey import resurvey, survey
 from engine.tally import Tally
 
@@ -54,6 +56,8 @@ def plan(config: JobConfig, inputs: Storage | None = None) -> PlanResult:
     asked = survey(config, inputs)
     check_reuse(asked)
     todo = asked.standing.plan
+    with tempfile.TemporaryDirectory(prefix="engine-plan-") as folder:
+        expected = forecast(asked.config, todo, lambda: reuse_index(asked, open_storage(folder)))
     return PlanResult(
         output=asked.ledger.root,
         model=config.model,
@@ -70,7 +74,7 @@ def plan(config: JobConfig, inputs: Storage | None = None) -> PlanResult:
         pending_rows=todo.pending_rows,
         pending_bytes=todo.pending_bytes,
         warnings=asked.standing.told,
-        forecast=forecast(asked.config, todo),
+        forecast=expected,
         output_dtype=asked.config.output_dtype,
     )
 
