@@ -14,7 +14,8 @@ import ray
 
 import engine
 from engine.sources import indexes
-from tests.kills import ROOT, Job
+from tests.hub import Hub, serving
+from tests.kills import ROOT, HubJob, Job
 from tests.models import HashModel
 from tests.test_formats import IDS, TEXTS, small_pieces, write
 
@@ -22,7 +23,16 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
+def hub() -> Iterator[Hub]:
+    """A Hub that the environment leads to: that of workers too."""
+    with serving({}, "") as served, pytest.MonkeyPatch.context() as environment:
+        for name, value in served.settings.items():
+            environment.setenv(name, value)
+        yield served
+
+
+@pytest.fixture(scope="module")
+def cluster(hub: Hub) -> Iterator[str]:
     """One Ray for all, that outlives a driver that is killed on it."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["PYTHONPATH"] = str(ROOT)
@@ -86,4 +96,24 @@ def test_json_lines_with_odd_ones_survive_a_kill_of_the_driver(cluster, tmp_path
     bundles = list((job.output / indexes.FOLDER).iterdir())
     job.finish()
     assert list((job.output / indexes.FOLDER).iterdir()) == bundles
+    job.check()
+
+
+def test_a_data_set_of_the_hub_survives_a_kill_and_a_bad_hub(cluster, hub, tmp_path):
+    """SIGKILL in the middle, and the same command while the Hub refuses and breaks off: each row once, with the vectors of Parquet."""
+    job = HubJob(tmp_path, cluster, hub)
+    process = job.start()
+    job.wait_for_commits(10, process)
+    process.kill()
+    process.communicate()
+    assert 10 <= job.num_committed() < 60
+    hub.faults += [
+        ("api/datasets", 503),
+        ("/tree/", "cut"),
+        ("api/datasets", 429),
+        ("resolve", 502),
+        ("resolve", "cut"),
+    ]
+    job.finish()
+    assert not hub.faults
     job.check()

@@ -8,11 +8,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,6 +28,8 @@ from engine.sources.rows import Selection
 from engine.sources.tables import tables_of
 from engine.sources.texts import texts_in
 from engine.storage import open_storage
+from tests import hub
+from tests.hub import DATA_SET
 from tests.object_stores import BUCKET, Store, serving
 
 PATHS = (
@@ -213,59 +212,6 @@ def test_an_object_that_changes_while_it_is_read_is_noticed(s3, tmp_path, monkey
 # The Hub
 
 
-class _Hub(BaseHTTPRequestHandler):
-    """As much of the Hub as a listing and a read need: one data set of two commits."""
-
-    protocol_version = "HTTP/1.1"
-    commits: dict[str, dict[str, bytes]]
-    head: str
-
-    def do_GET(self) -> None:
-        steps = unquote(urlsplit(self.path).path).strip("/").split("/")
-        if steps[:4] == ["api", "datasets", "owner", "name"]:
-            commit = self._commit(steps[5] if len(steps) > 5 else "main")
-            if len(steps) > 4 and steps[4] == "tree":
-                below = "/".join(steps[6:])
-                return self._json(
-                    [self._entry(commit, path) for path in self.commits[commit] if path.startswith(below)]
-                )
-            return self._json({"id": "owner/name", "sha": commit, "siblings": []})
-        if steps[:4] == ["datasets", "owner", "name", "resolve"]:
-            data = self.commits[self._commit(steps[4])]["/".join(steps[5:])]
-            first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
-            piece = data[int(first) : int(last or len(data)) + 1]
-            return self._send(206, piece, {"Content-Range": f"bytes {first}-{last}/{len(data)}"})
-        return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-
-    def do_POST(self) -> None:
-        body = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
-        commit = self._commit(self.path.rpartition("/")[2])
-        self._json([self._entry(commit, path) for path in body["paths"] if path in self.commits[commit]])
-
-    def do_HEAD(self) -> None:
-        self._send(404, b"", {})
-
-    def _commit(self, revision: str) -> str:
-        return self.head if revision == "main" else revision
-
-    def _entry(self, commit: str, path: str) -> dict[str, object]:
-        data = self.commits[commit][path]
-        return {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-
-    def _json(self, value: object) -> None:
-        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-    def _send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(data))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 OF_HUB = """
 import json, sys
 from engine.errors import EngineError
@@ -293,27 +239,26 @@ def test_a_data_set_of_the_hub_is_a_source(tmp_path):
         old: {"data/a.parquet": same, "data/b.parquet": parquet(4, "old"), "README.md": b"#"},
         new: {"data/a.parquet": same, "data/b.parquet": parquet(4, "new"), "README.md": b"#"},
     }
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Hub", (_Hub,), {"commits": commits, "head": new}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    set_name = "hf://datasets/owner/name"
-    sources = [f"{set_name}/data", f"{set_name}@{old}/**/*.parquet", f"{set_name}/data/b.parquet"]
-    environment = {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HUB_OFFLINE": "0",
-        "HF_TOKEN": "hf_canary",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", OF_HUB, *sources],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    server.shutdown()
-    server.server_close()
+    sources = [f"{DATA_SET}/data", f"{DATA_SET}@{old}/**/*.parquet", f"{DATA_SET}/data/b.parquet"]
+    with hub.serving(commits, new) as served:
+        served.faults += [
+            ("api/datasets", 503),
+            ("api/datasets", "cut"),
+            ("/tree/", 429),
+            ("resolve", 502),
+            ("resolve", "cut"),
+        ]
+        done = subprocess.run(
+            [sys.executable, "-c", OF_HUB, *sources],
+            env=os.environ | served.settings | {"HF_TOKEN": "hf_canary"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert len(served.seen) == 5
     bases, files, said = json.loads(done.stdout.splitlines()[-1])
-    assert bases == [f"{set_name}/data", f"{set_name}@{old}", f"{set_name}/data"]
+    assert bases == [f"{DATA_SET}/data", f"{DATA_SET}@{old}", f"{DATA_SET}/data"]
     assert [[(path, text.split()[0]) for path, _, text in listed] for listed in files] == [
         [("a.parquet", "text"), ("b.parquet", "new")],
         [("data/a.parquet", "text"), ("data/b.parquet", "old")],

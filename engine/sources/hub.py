@@ -13,13 +13,22 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+import stamina
 
 from engine.errors import EngineError, SourceError
 from engine.schema import InputFile
 
 SCHEME = "hf://"
 READ_BUFFER_BYTES = 8 * 1024**2
+ATTEMPTS = 6
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 8.0
+_PASSING = frozenset({408, 429, 500, 502, 503, 504})
+"""Statuses that another attempt may not find."""
+_CLIENTS = frozenset({"httpx2", "httpx", "requests"})
+"""Libraries through which the Hub's client has asked it, by its version: their errors are of connections."""
+_Answer = TypeVar("_Answer")
 _TYPES = {"datasets": "dataset", "spaces": "space", "models": "model"}
 
 
@@ -60,12 +69,14 @@ def below(location: str) -> Iterator[InputFile]:
     address = _address(location)
     with _explained(address):
         api, commit = _commit(address)
-        tree = api.list_repo_tree(
-            address.repository, address.path or None, recursive=True, revision=commit, repo_type=address.kind
+        entries = _asked(
+            lambda: list(
+                api.list_repo_tree(
+                    address.repository, address.path or None, recursive=True, revision=commit, repo_type=address.kind
+                )
+            )
         )
-        for entry in tree:
-            if hasattr(entry, "blob_id"):
-                yield _file(address, commit, entry)
+    yield from (_file(address, commit, entry) for entry in entries if hasattr(entry, "blob_id"))
 
 
 def look(location: str) -> InputFile | None:
@@ -73,7 +84,9 @@ def look(location: str) -> InputFile | None:
     address = _address(location)
     with _explained(address):
         api, commit = _commit(address)
-        found = api.get_paths_info(address.repository, [address.path], revision=commit, repo_type=address.kind)
+        found = _asked(
+            lambda: api.get_paths_info(address.repository, [address.path], revision=commit, repo_type=address.kind)
+        )
     files = [entry for entry in found if hasattr(entry, "blob_id")]
     return _file(address, commit, files[0]) if files else None
 
@@ -94,7 +107,9 @@ def open_file(file: InputFile, changed: Callable[[], Exception]) -> Any:
             raise changed()
         location = found.location
     with _explained(_address(location)):
-        opened = HfFileSystem(skip_instance_cache=True).open(location, "rb", block_size=READ_BUFFER_BYTES)
+        opened = _asked(
+            lambda: HfFileSystem(skip_instance_cache=True).open(location, "rb", block_size=READ_BUFFER_BYTES)
+        )
     return _HubFile(opened, _address(location))
 
 
@@ -142,8 +157,26 @@ def _commit(address: _Address) -> tuple[Any, str]:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    info = api.repo_info(address.repository, repo_type=address.kind, revision=address.revision)
+    info = _asked(lambda: api.repo_info(address.repository, repo_type=address.kind, revision=address.revision))
     return api, str(info.sha)
+
+
+def _asked(question: Callable[[], _Answer]) -> _Answer:
+    """Ask the Hub, and again while it does not answer as it should: its own client does that for pieces of files alone."""
+    for attempt in stamina.retry_context(
+        on=_passes, attempts=ATTEMPTS, timeout=None, wait_initial=FIRST_WAIT_S, wait_max=LONGEST_WAIT_S
+    ):
+        with attempt:
+            answer = question()
+    return answer
+
+
+def _passes(error: Exception) -> bool:
+    """Say whether an error may be gone at the next attempt."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status in _PASSING
+    return type(error).__module__.partition(".")[0] in _CLIENTS
 
 
 def _file(address: _Address, commit: str, entry: Any) -> InputFile:
