@@ -31,6 +31,7 @@ from engine.storage import LocalStorage
 from tests.builders import hashes_of, killed_at_each_call, make_job, make_shard
 from tests.kills import ROOT
 from tests.test_docs import blocks
+from tests.test_quantization import DTYPES, Made, SignedModel
 from tests.test_readers import Output, vectors_for
 
 FORMATS = ("npy", "faiss", "lance")
@@ -155,6 +156,31 @@ def test_vectors_are_exported_as_they_are_stored(tmp_path, dtype, kind):
         index = faiss.read_index(str(tmp_path / "v.faiss"))
         np.testing.assert_array_equal(index.reconstruct_n(0, 30), numbers.astype(np.float32))
     assert index.ntotal == 30
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_nearest_is_found_in_every_export_of_what_is_stored_in_fewer_bits(tmp_path, dtype):
+    """By FAISS in floats, or in bits by their Hamming distance; by Lance but for int8; and in the array, as the guide says."""
+    made = Made(tmp_path, dtype)
+    made.make()
+    for form in FORMATS:
+        engine.export(made.out, tmp_path / f"v.{form}")
+    query = SignedModel().vector("text 5")
+    ids = pq.read_table(tmp_path / "v.faiss.ids.parquet")["id"]
+    dataset = lance.dataset(str(tmp_path / "v.lance"))
+    near = {"column": EMBEDDING, "q": query, "k": 1, "metric": "dot"}
+    if dtype == "binary":
+        query = np.packbits(query > 0)
+        index = faiss.read_index_binary(str(tmp_path / "v.faiss"))
+        best = np.unpackbits(np.load(tmp_path / "v.npy") ^ query, axis=1).sum(axis=1).argmin()
+        near |= {"q": query, "metric": "hamming"}
+    else:
+        index = faiss.read_index(str(tmp_path / "v.faiss"))
+        best = (np.load(tmp_path / "v.npy") @ query).argmax()
+    found = [ids[int(index.search(query[None], 1)[1][0, 0])].as_py(), ids[int(best)].as_py()]
+    if dtype != "int8":
+        found += dataset.to_table(columns=["id"], nearest=near)["id"].to_pylist()
+    assert set(found) == {"a.parquet#5"}
 
 
 def floats(numbers: np.ndarray) -> pa.Array:

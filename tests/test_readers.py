@@ -22,6 +22,7 @@ from engine.survey import survey
 from tests.builders import hashes_of, write_source
 from tests.kills import ROOT
 from tests.models import HashModel
+from tests.test_quantization import Made, SignedModel
 
 SNIPPET = re.compile(r"^### ([^\n]+)\n\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SNIPPETS = dict(SNIPPET.findall((ROOT / "docs/readers.md").read_text()))
@@ -112,6 +113,27 @@ def test_the_nearest_row_is_found(folder, monkeypatch, name):
     """By the snippet of the page as it stands, in pyarrow, pandas, polars, DuckDB, datasets, Lance and FAISS."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
     check(name)
+
+
+FAILS = {("int8", "Lance")}
+"""It takes no query for numbers of int8; `docs/output-dtypes.md` says so."""
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_the_same_code_finds_it_among_smaller_numbers(tmp_path, monkeypatch, dtype):
+    """As it stands: each of them computes in float32, or makes it of what is stored."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    Made(tmp_path, dtype).make()
+    monkeypatch.chdir(tmp_path)
+    query = SignedModel().vector("text 5")
+    for name in sorted(LISTED - RAY):
+        names = {"query": query / np.linalg.norm(query)}
+        if (dtype, name) in FAILS:
+            with pytest.raises(ValueError, match="Int8"):
+                exec(SNIPPETS[name], names)
+        else:
+            exec(SNIPPETS[name], names)
+            assert str(names["nearest"]) == "a.parquet#5", name
 
 
 @pytest.mark.ray
