@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import logging
 import multiprocessing
 import os
 import shutil
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd  # noqa: F401 - Arrow imports it with its first array, and would do so in every forked process
@@ -38,8 +39,13 @@ from engine.schema import (
     vectors_type,
 )
 from engine.sources.inventory import list_inputs
+from engine.sources.rows import Selection
 from engine.storage import STAGING, LocalStorage
+from engine.survey import Survey
 from engine.text_hashes import text_hashes
+
+if TYPE_CHECKING:
+    from engine.pipeline.worker import Work
 
 PROCESSES = multiprocessing.get_context("forkserver")
 """Forks from a process that has imported the engine and done nothing else: quick to start, and no thread is lost in it."""
@@ -49,6 +55,23 @@ FINGERPRINT = "f" * 32
 USAGE = Usage(num_tokens=40, embed_s=0.5, device="cpu", created_at="2026-11-24T12:00:00+00:00")
 SMALL_FILES = 4096
 """Bytes: the block size of a tmpfs."""
+
+
+def work_for(asked: Survey, **options: Any) -> Work:
+    """Return what an actor has to know of a job, as a run tells it."""
+    from engine.pipeline.worker import Work  # not in the process that others are forked from: it brings Ray
+
+    config = asked.config
+    return Work(
+        model=config.of_model(),
+        identity=asked.identity,
+        selection=Selection.of(config, asked.job.kept_types),
+        id_column=config.id_column,
+        num_threads=0,
+        log_level=logging.WARNING,
+        output_dtype=config.output_dtype,
+        **options,
+    )
 
 
 # Shards and their tables

@@ -7,10 +7,13 @@ import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+
+if TYPE_CHECKING:
+    from tests.object_stores import Store
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -83,6 +86,28 @@ def shared_ray() -> Iterator[str]:
             )
     yield ray.get_runtime_context().gcs_address
     assert ray.is_initialized(), "the engine leaves a Ray of the caller's running"
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[Store]:
+    """An S3 on loopback, for the tests of a file."""
+    from tests.object_stores import serving
+
+    with serving() as store:
+        yield store
+
+
+@pytest.fixture
+def s3(s3_server: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """The same, which is well at first, and has seen nothing; and waits that are short."""
+    from engine.buckets import bucket
+
+    monkeypatch.setattr(bucket, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(bucket, "LONGEST_WAIT_S", 0.1)
+    monkeypatch.setattr(bucket, "PATIENCE_S", 20.0)
+    s3_server.seen.clear()
+    yield s3_server
+    s3_server.heal()
 
 
 @pytest.fixture(autouse=True)

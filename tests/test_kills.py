@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -18,19 +17,13 @@ import ray
 import engine
 from engine.lease import LEASE
 from tests.kills import ACTOR, PUBLISHER, ROOT, BucketJob, Job, kill_worker
-from tests.object_stores import BUCKET, KEYS, Store, serving
+from tests.object_stores import BUCKET, KEYS
 
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[Store]:
-    with serving() as store:
-        yield store
-
-
-@pytest.fixture(scope="module")
-def address(s3):
+def address(s3_server):
     """A cluster that outlives the drivers that are killed on it."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["PYTHONPATH"] = str(ROOT)
@@ -55,7 +48,7 @@ def test_drivers_killed_at_any_time_lose_and_repeat_nothing(address, tmp_path, s
     job.check()
 
 
-def test_a_job_from_a_bucket_into_a_bucket_survives_a_kill_and_a_bad_store(s3, address, tmp_path):
+def test_a_job_from_a_bucket_into_a_bucket_survives_a_kill_and_a_bad_store(s3_server, address, tmp_path):
     """SIGKILL of the driver in the middle, and a resume while answers are lost and refused: the output is that of disks, without a key."""
     job = BucketJob(tmp_path, address, f"s3://{BUCKET}")
     process = job.start()
@@ -66,12 +59,12 @@ def test_a_job_from_a_bucket_into_a_bucket_survives_a_kill_and_a_bad_store(s3, a
     for number, fault in enumerate(
         ("lost", "unsent", "cut", (503, "SlowDown"), (409, "ConditionalRequestConflict")) * 5
     ):
-        s3.fail(fault, "GET" if fault == "cut" else "PUT", part="/data/", after=3 * number)
+        s3_server.fail(fault, "GET" if fault == "cut" else "PUT", part="/data/", after=3 * number)
     job.finish()
-    s3.heal()
+    s3_server.heal()
     job.check()
     assert engine.verify(job.output, "sample").lowest_cosine > 0.9999
-    assert not any("uploads" in request for request in s3.seen)
+    assert not any("uploads" in request for request in s3_server.seen)
     logs = Path(ray._private.worker._global_node.get_session_dir_path(), "logs")
     written = [path for folder in (logs, job.local_output()) for path in folder.rglob("*") if path.is_file()]
     assert len(written) > 100

@@ -7,7 +7,6 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
@@ -25,26 +24,9 @@ from engine.object_storage import PROBES, ObjectStorage
 from engine.reporting import story
 from engine.storage import open_storage
 from tests.builders import FINGERPRINT, USAGE, make_rejects, make_shard, make_table
-from tests.object_stores import BUCKET, KEYS, Store, keys, serving
+from tests.object_stores import BUCKET, KEYS, keys
 
 NUM_WRITERS = 16
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Store]:
-    with serving() as store:
-        yield store
-
-
-@pytest.fixture
-def s3(server, monkeypatch) -> Iterator[Store]:
-    """The S3, which is well at first, and waits that are short."""
-    monkeypatch.setattr(bucket, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(bucket, "LONGEST_WAIT_S", 0.1)
-    monkeypatch.setattr(bucket, "PATIENCE_S", 20.0)
-    server.seen.clear()
-    yield server
-    server.heal()
 
 
 @pytest.fixture

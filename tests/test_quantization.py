@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from engine.schema import EMBEDDING, PART_METADATA, SOURCE_ROW, TEXT_HASH
 from engine.sources.rows import Selection
 from engine.storage import LocalStorage
 from engine.survey import survey
-from tests.builders import FINGERPRINT, USAGE, hashes_of, make_shard
+from tests.builders import FINGERPRINT, USAGE, hashes_of, make_shard, work_for
 from tests.kills import ROOT
 from tests.models import HashModel
 
@@ -201,16 +200,7 @@ class Made:
         self.asked = survey(self.config)
 
     def work(self, scale: float | None = None) -> Work:
-        return Work(
-            model=self.config.of_model(),
-            identity=self.asked.identity,
-            selection=Selection.of(self.config),
-            id_column=None,
-            num_threads=0,
-            log_level=logging.WARNING,
-            output_dtype=self.config.output_dtype,
-            scale=scale,
-        )
+        return work_for(self.asked, scale=scale)
 
     def calibration(self) -> Calibration:
         return Calibrator(self.work()).measure(sample_of(self.asked.standing.plan.pending))

@@ -8,14 +8,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from engine.buckets import bucket, ranged_file
+from engine.buckets import ranged_file
 from engine.buckets.bucket import Bucket
 from engine.buckets.place import place_of
 from engine.errors import SourceChanged, SourceError
@@ -30,7 +29,7 @@ from engine.sources.texts import texts_in
 from engine.storage import open_storage
 from tests import hub
 from tests.hub import DATA_SET
-from tests.object_stores import BUCKET, Store, serving
+from tests.object_stores import BUCKET
 
 PATHS = (
     "a.parquet",
@@ -45,21 +44,6 @@ PATHS = (
 WHOLE = Selection("text")
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Store]:
-    with serving() as store:
-        yield store
-
-
-@pytest.fixture
-def s3(server, monkeypatch) -> Iterator[Store]:
-    monkeypatch.setattr(bucket, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(bucket, "LONGEST_WAIT_S", 0.1)
-    server.seen.clear()
-    yield server
-    server.heal()
-
-
 def parquet(num_rows: int, word: str = "text") -> bytes:
     sink = io.BytesIO()
     pq.write_table(
@@ -69,7 +53,7 @@ def parquet(num_rows: int, word: str = "text") -> bytes:
 
 
 @pytest.fixture(scope="module")
-def both(server, tmp_path_factory) -> tuple[Path, str]:
+def both(s3_server, tmp_path_factory) -> tuple[Path, str]:
     """The same files in a folder and below a prefix."""
     tmp_path = tmp_path_factory.mktemp("both")
     root = f"s3://{BUCKET}/{tmp_path.name}"

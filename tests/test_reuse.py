@@ -29,15 +29,14 @@ from engine.models.base import PROBE
 from engine.part import vectors_of
 from engine.pipeline.datasource import _read
 from engine.pipeline.parcel import unpack
-from engine.pipeline.worker import EmbedWorker, Work
+from engine.pipeline.worker import EmbedWorker
 from engine.quantization import VectorFormat, from_arrow
 from engine.reuse import FOLDER, Candidates, build
 from engine.schema import CHUNK_COLUMNS, EMBEDDING, SOURCE_ROW, TEXT_HASH
-from engine.sources.rows import Selection
 from engine.storage import LocalStorage, open_storage
 from engine.survey import survey
 from engine.text_hashes import numbers_of, text_hashes
-from tests.builders import make_shard
+from tests.builders import make_shard, work_for
 from tests.models import HashModel
 from tests.object_stores import BUCKET, serving
 from tests.test_quantization import DTYPES, SIGNED, SignedModel
@@ -79,17 +78,7 @@ class Run:
         scale = SCALE if self.config.output_dtype == "int8" else None
         if scale:
             fix(ledger.storage, Calibration(scale, "texts"))
-        work = Work(
-            model=self.config.of_model(),
-            identity=self.asked.identity,
-            selection=Selection.of(self.config, self.asked.job.kept_types),
-            id_column=None,
-            num_threads=0,
-            log_level=logging.WARNING,
-            output_dtype=self.config.output_dtype,
-            scale=scale,
-            reuse=reuse_index(self.asked),
-        )
+        work = work_for(self.asked, scale=scale, reuse=reuse_index(self.asked))
         worker = EmbedWorker(work)
         Loud.seen.clear()
         groups = [tuple(self.asked.standing.plan.pending[at : at + 2]) for at in range(0, 1000, 2)]

@@ -265,7 +265,10 @@ def lowest_cosine(vectors: Vectors, others: Vectors) -> float:
     if not len(vectors):
         return 1.0
     lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(others, axis=1)
-    return float(((vectors * others).sum(axis=1) / lengths).min())
+    with np.errstate(
+        invalid="ignore", divide="ignore"
+    ):  # of a zero, or what is not finite, it is nan, which is less than nothing
+        return float(((vectors * others).sum(axis=1) / lengths).min())
 
 
 def usable(vectors: Vectors) -> npt.NDArray[np.bool_]:
