@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from decimal import Decimal
 
 
 def count(number: int, noun: str) -> str:
@@ -33,7 +34,7 @@ def size(num_bytes: float) -> str:
 
 def dollars(amount: float) -> str:
     """Return an amount of money, small ones to three digits."""
-    return f"${amount:,.2f}" if amount >= 1 else f"${amount:.3g}"
+    return f"${amount:,.2f}" if amount >= 1 else f"${Decimal(f'{amount:.3g}'):f}"
 
 
 def retries(number: int) -> str:

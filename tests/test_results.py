@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine.results import Finding, PlanResult, VerifyResult
+from engine.wording import dollars
 
 
 @pytest.fixture
@@ -28,3 +29,9 @@ def test_a_verification_shows_what_it_found():
     """In a notebook too."""
     found = VerifyResult("out", "full", 1, 2, 3, None, [Finding("s", "the part <x> is missing", "run again")])
     assert "problem: the part &lt;x&gt; is missing" in found._repr_html_()
+
+
+def test_money_is_never_said_with_an_exponent():
+    """Cents and parts of them; whole dollars with their cents."""
+    said = {0: "$0", 0.00003: "$0.00003", 1.2345e-7: "$0.000000123", 0.5: "$0.5", 1: "$1.00", 1234.5: "$1,234.50"}
+    assert {amount: dollars(amount) for amount in said} == said
