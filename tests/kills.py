@@ -54,7 +54,10 @@ class Job:
         self._address = address
         self._num_actors = num_actors
         self._model_args = {"fail_on": FAILING, "delay_s": delay_s, "hold": str(self.held)}
+        self.id_column: str | None = "id"
+        self.num_shards = 60
         self.expected = self._write()
+        self.rejected = {"1-7", "1-390", *(f"1-{row}" for row in range(40, 52))}
 
     def _write(self) -> dict[str, np.ndarray]:
         """Write the source; return the vectors that belong to its ids."""
@@ -87,8 +90,7 @@ class Job:
                 ),
                 *("--model", "custom:tests.models.HashModel", "--model-args", json.dumps(self._model_args)),
                 *(
-                    "--id-column",
-                    "id",
+                    *(("--id-column", self.id_column) if self.id_column else ()),
                     "--shard-rows",
                     "20",
                     "--num-actors",
@@ -144,12 +146,11 @@ class Job:
         for name, vector in zip(ids, table["embedding"].to_pylist(), strict=True):
             np.testing.assert_array_equal(np.float32(vector), self.expected[name])
         lines = [line for path in output.glob("_engine/rejects/*") for line in path.read_text().splitlines()]
-        rejected = [json.loads(line)["id"] for line in lines]
-        assert sorted(rejected) == sorted({"1-7", "1-390", *(f"1-{row}" for row in range(40, 52))})
+        assert sorted(json.loads(line)["id"] for line in lines) == sorted(self.rejected)
         verdict = self.verdict()
         assert verdict["ok"], verdict["findings"]
         assert not any("cannot be told" in warning for warning in verdict["warnings"])
-        assert (verdict["num_rows"], verdict["num_rejects"], verdict["num_shards"]) == (1186, 14, 60)
+        assert (verdict["num_rows"], verdict["num_rejects"], verdict["num_shards"]) == (1186, 14, self.num_shards)
 
     def verdict(self) -> dict[str, Any]:
         """Verify the output, every byte of it, against its source."""

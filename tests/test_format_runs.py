@@ -99,6 +99,38 @@ def test_json_lines_with_odd_ones_survive_a_kill_of_the_driver(cluster, tmp_path
     job.check()
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    "kind", ["jsonl.gz", "jsonl.zst", "csv", "csv.gz", "tsv", "tsv.zst", "arrow", "feather", "txt"]
+)
+def test_every_kind_of_source_survives_a_kill_of_the_driver(cluster, tmp_path, kind):
+    """SIGKILL in the middle, and the same command: each row once, with the vectors of Parquet; text of a row a line has ids of its own."""
+    job = Job(tmp_path, cluster)
+    for path in sorted(job.source.iterdir()):
+        rows = pq.read_table(path).to_pylist()
+        write(path.with_suffix(f".{kind}"), [row | {"text": row["text"] or ""} for row in rows])
+        path.unlink()
+    if kind == "txt":
+        job.id_column = None
+        job.expected = {made_id(key): vector for key, vector in job.expected.items()}
+        job.rejected = {made_id(key) for key in job.rejected}
+    if kind in ("arrow", "feather"):  # cut where their record batches end
+        job.num_shards = {"arrow": 42, "feather": 72}[kind]
+    process = job.start()
+    job.wait_for_commits(10, process)
+    process.kill()
+    process.communicate()
+    assert 10 <= job.num_committed() < 60
+    job.finish()
+    job.check()
+
+
+def made_id(key: str) -> str:
+    """Return the id that the engine makes of a file and a row."""
+    file, _, row = key.partition("-")
+    return f"{file}.txt#{row}"
+
+
 def test_a_data_set_of_the_hub_survives_a_kill_and_a_bad_hub(cluster, hub, tmp_path):
     """SIGKILL in the middle, and the same command while the Hub refuses and breaks off: each row once, with the vectors of Parquet."""
     job = HubJob(tmp_path, cluster, hub)
