@@ -29,17 +29,18 @@ class Forecast(Result):
     seconds: float | None
     """That the limits allow it to be done in; None if they were not given."""
     num_reused: int = 0
-    """Texts that are not sent, since they have vectors in former parts or in outputs that are reused: in none of the counts above."""
+    """Rows whose text has a vector already, in former parts or in outputs that are reused: not sent, and in none of the other numbers."""
 
     def lines(self) -> dict[str, str]:
         """Say what a provider will be asked for, and what it will take."""
         kind = "" if self.is_exact else ", by an estimate"
         tokens = f"{count(self.num_tokens, 'token')}{kind} in {count(self.num_texts, 'text')}"
-        lines = {
+        lines = (
+            {"reused": f"{count(self.num_reused, 'row')}, whose vectors are there already"} if self.num_reused else {}
+        )
+        lines |= {
             "tokens": tokens + (f"; {count(self.num_duplicates, 'duplicate')} not sent" if self.num_duplicates else "")
         }
-        if self.num_reused:
-            lines["reused"] = f"{count(self.num_reused, 'text')} not sent: their vectors are there already"
         if self.num_long or self.num_rejects:
             lines["texts"] = f"{count(self.num_long, 'text')} too long, {count(self.num_rejects, 'row')} to reject"
         asked = [count(self.num_requests, "request")]

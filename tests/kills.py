@@ -23,7 +23,7 @@ import engine
 from engine.buckets.place import place_of
 from engine.ledger import COMMITS
 from engine.storage import open_storage
-from tests.hub import DATA_SET, Hub
+from tests.hub import SET, Hub
 from tests.models import HashModel
 from tests.object_stores import keys
 
@@ -187,9 +187,8 @@ class HubJob(Job):
 
     def __init__(self, folder: Path, address: str | None, hub: Hub) -> None:
         super().__init__(folder, address)
-        hub.head = "1" * 40
-        hub.commits[hub.head] = {f"data/{path.name}": path.read_bytes() for path in (folder / "in").iterdir()}
-        self.source = f"{DATA_SET}/data"
+        hub.push({f"data/{path.name}": path.read_bytes() for path in (folder / "in").iterdir()})
+        self.source = f"{SET}/data"
 
     def verdict(self) -> dict[str, Any]:
         """Verify it in another process: this one has settled that there is no Hub."""

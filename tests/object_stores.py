@@ -47,14 +47,12 @@ class Fault:
 
 
 @dataclass
-class Store:
-    """A bucket of that S3, and what is to go wrong with it."""
+class Failing:
+    """A server, and what is to go wrong with it."""
 
     url: str
     seen: list[str] = field(default_factory=list)
     """Method and path of every request so far."""
-    is_conditional: bool = True
-    """Whether the store knows If-None-Match."""
     faults: list[Fault] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -67,13 +65,25 @@ class Store:
     def heal(self) -> None:
         """Let all go well again."""
         self.faults.clear()
-        self.is_conditional = True
 
     def fault_of(self, method: str, path: str) -> str | tuple[int, str] | None:
         """Note a request, and return what is to happen to it."""
         with self._lock:
             self.seen.append(f"{method} {path}")
             return next((fault.what for fault in self.faults if fault.takes(method, path)), None)
+
+
+@dataclass
+class Store(Failing):
+    """A bucket of that S3."""
+
+    is_conditional: bool = True
+    """Whether the store knows If-None-Match."""
+
+    def heal(self) -> None:
+        """Let all go well again."""
+        super().heal()
+        self.is_conditional = True
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -142,7 +152,9 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-class _Server(ThreadingHTTPServer):
+class Server(ThreadingHTTPServer):
+    """One thread a connection, and no word of those that break off."""
+
     daemon_threads = True
     request_queue_size = 128
 
@@ -163,7 +175,7 @@ def serving() -> Iterator[Store]:
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
     handler = type("Handler", (_Handler,), {"behind": moto.get_host_and_port()})
-    proxy = _Server(("127.0.0.1", 0), handler)
+    proxy = Server(("127.0.0.1", 0), handler)
     store = handler.store = Store(f"http://127.0.0.1:{proxy.server_port}")  # type: ignore[attr-defined]
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     settings = KEYS | {

@@ -175,7 +175,7 @@ def test_the_forecast_leaves_out_what_a_run_will_reuse(source, server):
         assert (forecast.num_texts, forecast.num_duplicates, forecast.num_reused) == (2, 1, 892)
         assert 0 < forecast.num_tokens < whole / 50
         assert forecast.cost == pytest.approx(forecast.num_tokens / 1000)
-        assert "892 texts not sent" in forecast.lines()["reused"]
+        assert "892 rows" in forecast.lines()["reused"]
         assert sorted(out.rglob("*")) == written
         if given:  # while the first output is as it was
             assert run(source, server, **given).num_reused == 892

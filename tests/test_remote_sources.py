@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -28,7 +27,6 @@ from engine.sources.tables import tables_of
 from engine.sources.texts import texts_in
 from engine.storage import open_storage
 from tests import hub
-from tests.hub import DATA_SET
 from tests.object_stores import BUCKET
 
 PATHS = (
@@ -217,41 +215,34 @@ print(json.dumps([[one.base for one in listed], files, said]))
 
 def test_a_data_set_of_the_hub_is_a_source(tmp_path):
     """Listed as of one commit, read as of it, told apart by its blobs; a private or absent repository is one message without the token."""
-    old, new = "1" * 40, "2" * 40
     same = parquet(3)
-    commits = {
-        old: {"data/a.parquet": same, "data/b.parquet": parquet(4, "old"), "README.md": b"#"},
-        new: {"data/a.parquet": same, "data/b.parquet": parquet(4, "new"), "README.md": b"#"},
-    }
-    sources = [f"{DATA_SET}/data", f"{DATA_SET}@{old}/**/*.parquet", f"{DATA_SET}/data/b.parquet"]
-    with hub.serving(commits, new) as served:
-        served.faults += [
-            ("api/datasets", 503),
-            ("api/datasets", "cut"),
-            ("/tree/", 429),
-            ("resolve", 502),
-            ("resolve", "cut"),
-        ]
+    with hub.serving() as served:
+        old = served.push({"data/a.parquet": same, "data/b.parquet": parquet(4, "old"), "README.md": b"#"})
+        served.push({"data/b.parquet": parquet(4, "new")})
+        sources = [f"{hub.SET}/data", f"{hub.SET}@{old}/**/*.parquet", f"{hub.SET}/data/b.parquet"]
+        for fault, part in (
+            ((503, ""), "api/datasets"),
+            ("cut", "/tree/"),
+            ((502, ""), "/resolve/"),
+            ("cut", "/blobs/"),
+        ):
+            served.fail(fault, part=part)
         done = subprocess.run(
-            [sys.executable, "-c", OF_HUB, *sources],
-            env=os.environ | served.settings | {"HF_TOKEN": "hf_canary"},
-            capture_output=True,
-            text=True,
-            timeout=120,
+            [sys.executable, "-c", OF_HUB, *sources], env=os.environ, capture_output=True, text=True, timeout=120
         )
+        assert not any(fault.times for fault in served.faults)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(served.seen) == 5
     bases, files, said = json.loads(done.stdout.splitlines()[-1])
-    assert bases == [f"{DATA_SET}/data", f"{DATA_SET}@{old}", f"{DATA_SET}/data"]
+    assert bases == [f"{hub.SET}/data", f"{hub.SET}@{old}", f"{hub.SET}/data"]
     assert [[(path, text.split()[0]) for path, _, text in listed] for listed in files] == [
         [("a.parquet", "text"), ("b.parquet", "new")],
         [("data/a.parquet", "text"), ("data/b.parquet", "old")],
         [("b.parquet", "new")],
     ]
-    assert files[0][0][1] == files[1][0][1] == hashlib.sha1(same).hexdigest()
+    assert files[0][0][1] == files[1][0][1] == hub.blob_of(same)
     assert [kind for kind, _ in said] == ["SourceChanged", "SourceError"]
     assert "HF_TOKEN" in said[1][1]
-    assert "hf_canary" not in done.stdout + done.stderr
+    assert hub.TOKEN not in done.stdout + done.stderr
 
 
 @pytest.mark.usefixtures("s3")

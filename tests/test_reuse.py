@@ -60,6 +60,9 @@ class Loud(SignedModel):
 class Run:
     """A run over lists of texts, one file each, made without Ray by its own actor."""
 
+    scale = SCALE
+    """Of int8."""
+
     def __init__(self, out: str | Path, files: dict[str, list[Any]], **options: Any) -> None:
         folder = Path(options.pop("inputs", Path(str(out) + "-in")))
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +78,7 @@ class Run:
         ledger, job = self.asked.ledger, self.asked.job
         check_reuse(self.asked)
         ledger.claim(job)
-        scale = SCALE if self.config.output_dtype == "int8" else None
+        scale = self.scale if self.config.output_dtype == "int8" else None
         if scale:
             fix(ledger.storage, Calibration(scale, "texts"))
         work = work_for(self.asked, scale=scale, reuse=reuse_index(self.asked))
