@@ -8,24 +8,27 @@ import re
 import shutil
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
 
 import engine
+from engine.cli import main
 from engine.commits import Usage
 from engine.config import load_config
 from engine.errors import ConfigError, CorruptOutput
 from engine.ledger import part_name
-from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Shard, vectors_type
+from engine.quantization import INT8_MAX, VectorFormat, quantize, to_arrow
+from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Shard
 from engine.survey import survey
 from tests.builders import hashes_of, write_source
 from tests.kills import ROOT
 from tests.models import HashModel
-from tests.test_quantization import Made, SignedModel
 
 SNIPPET = re.compile(r"^### ([^\n]+)\n\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SNIPPETS = dict(SNIPPET.findall((ROOT / "docs/readers.md").read_text()))
+OF_DTYPES = dict(SNIPPET.findall((ROOT / "docs/output-dtypes.md").read_text()))
 RAY = {name for name, text in SNIPPETS.items() if "Ray" in name}
 NEAREST = "b-17"
 LISTED = {
@@ -47,10 +50,13 @@ class Output:
     Args:
         folder: Where its source and its output go.
         files: The names of its files, a letter each.
+        dtype: What vectors are stored as; int8 with a scale that holds all numbers of vectors of length 1.
+        dimension: Of the vectors.
     """
 
-    def __init__(self, folder: Path, files: str = "ab") -> None:
+    def __init__(self, folder: Path, files: str = "ab", dtype: str = "float32", dimension: int = 8) -> None:
         self.source, self.out = folder / "in", folder / "out"
+        self.kind = VectorFormat(dtype, dimension, 1 / INT8_MAX if dtype == "int8" else None)
         self.grow(files)
 
     def grow(self, files: str) -> None:
@@ -61,7 +67,7 @@ class Output:
         asked = survey(
             load_config(
                 source=str(self.source), output=str(self.out), model="custom:tests.models.HashModel", id_column="id",
-                shard_rows=20,
+                shard_rows=20, output_dtype=self.kind.dtype,
             )
         )  # fmt: skip
         asked.ledger.claim(asked.job)
@@ -71,14 +77,15 @@ class Output:
     def _publish(self, asked, shard: Shard) -> None:
         rows = range(shard.start, shard.stop)
         ids = [f"{shard.file.path[0]}-{row}" for row in rows]
-        vectors = vectors_for([f"text {row}" for row in ids])
-        embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=vectors_type(8))
+        vectors = vectors_for([f"text {row}" for row in ids], self.kind.dimension)
+        embedding = to_arrow(quantize(vectors, self.kind), self.kind)
         table = pa.table(
             {"id": ids, EMBEDDING: embedding, TEXT_HASH: hashes_of(rows), SOURCE_ROW: pa.array(rows, pa.int64())}
         )
         asked.ledger.publish(
-            table, shard=shard, fingerprint=asked.job.fingerprint, rejects=[], usage=Usage(created_at="now")
-        )
+            table, shard=shard, fingerprint=asked.job.fingerprint, rejects=[], usage=Usage(created_at="now"),
+            vectors=self.kind,
+        )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +101,9 @@ def folder(output, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def check(name: str) -> None:
-    names = {"query": vectors_for([f"text {NEAREST}"])[0] + np.float32(0.01)}
-    exec(SNIPPETS[name], names)
+def check(text: str, dimension: int = 8) -> None:
+    names = {"query": vectors_for([f"text {NEAREST}"], dimension)[0] + np.float32(0.01)}
+    exec(text, names)
     assert str(names["nearest"]) == NEAREST
 
 
@@ -112,28 +119,7 @@ def test_the_page_has_all_readers():
 def test_the_nearest_row_is_found(folder, monkeypatch, name):
     """By the snippet of the page as it stands, in pyarrow, pandas, polars, DuckDB, datasets, Lance and FAISS."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
-    check(name)
-
-
-FAILS = {("int8", "Lance")}
-"""It takes no query for numbers of int8; `docs/output-dtypes.md` says so."""
-
-
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_the_same_code_finds_it_among_smaller_numbers(tmp_path, monkeypatch, dtype):
-    """As it stands: each of them computes in float32, or makes it of what is stored."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    Made(tmp_path, dtype).make()
-    monkeypatch.chdir(tmp_path)
-    query = SignedModel().vector("text 5")
-    for name in sorted(LISTED - RAY):
-        names = {"query": query / np.linalg.norm(query)}
-        if (dtype, name) in FAILS:
-            with pytest.raises(ValueError, match="Int8"):
-                exec(SNIPPETS[name], names)
-        else:
-            exec(SNIPPETS[name], names)
-            assert str(names["nearest"]) == "a.parquet#5", name
+    check(SNIPPETS[name])
 
 
 @pytest.mark.ray
@@ -145,12 +131,60 @@ def test_the_nearest_row_is_found_by_ray(folder):
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     try:
         for name in sorted(RAY):
-            check(name)
+            check(SNIPPETS[name])
         rows = engine.read("out", as_="ray").take_all()
         assert sorted(row["id"] for row in rows) == sorted(f"{name}-{row}" for name in "ab" for row in range(50))
         assert set(rows[0]) == {"id", EMBEDDING, TEXT_HASH, SOURCE_ROW}
     finally:
         ray.shutdown()
+
+
+# Of other dtypes: the same snippets where they do, and those of docs/output-dtypes.md
+
+
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory) -> dict[str, Path]:
+    """Outputs of each dtype; bits of 64 dimensions, since 8 tell no two rows apart."""
+    dimensions = {"float16": 8, "int8": 8, "binary": 64}
+    return {
+        dtype: Output(tmp_path_factory.mktemp(dtype), dtype=dtype, dimension=dimension).out
+        for dtype, dimension in dimensions.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("name", sorted(LISTED - RAY))
+def test_the_same_snippets_read_float16_and_int8(typed, tmp_path, monkeypatch, name, dtype):
+    """As they stand."""
+    (tmp_path / "out").symlink_to(typed[dtype])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    if (name, dtype) == ("Lance", "int8"):
+        with pytest.raises(ValueError, match="element type Int8"):
+            check(SNIPPETS[name])
+    else:
+        check(SNIPPETS[name])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "binary"])
+def test_faiss_finds_the_nearest_in_parts_and_in_an_export_of_any_dtype(typed, tmp_path, monkeypatch, dtype):
+    """By the snippets of the page; what is exported of int8 has its scale, so that numbers are the model's as near as int8 comes."""
+    (tmp_path / "out").symlink_to(typed[dtype])
+    monkeypatch.chdir(tmp_path)
+    is_binary = dtype == "binary"
+    check(OF_DTYPES["FAISS, of bits" if is_binary else "FAISS, of float16 and int8"], 64 if is_binary else 8)
+    for index in ("Flat",) if is_binary else ("Flat", "L2norm,Flat"):
+        assert main(["export", "out", "--to", "vectors.faiss", "--index", index]) == 0
+        check(OF_DTYPES["FAISS, exported bits" if is_binary else "FAISS, exported"], 64 if is_binary else 8)
+    table = engine.read("out")
+    wanted = vectors_for([f"text {row}" for row in table["id"].to_pylist()], 64 if is_binary else 8)
+    if is_binary:
+        found = faiss.read_index_binary("vectors.faiss")
+        np.testing.assert_array_equal(found.reconstruct_n(0, 100), np.packbits(wanted > 0, axis=1))
+    else:
+        assert main(["export", "out", "--to", "plain.faiss"]) == 0
+        step = 1 / INT8_MAX if dtype == "int8" else 2**-10
+        np.testing.assert_allclose(faiss.read_index("plain.faiss").reconstruct_n(0, 100), wanted, atol=step / 2 * 1.001)
 
 
 # What is read, and what is not
