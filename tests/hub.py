@@ -65,7 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._is_cut = fault == "cut"
         try:
             if isinstance(fault, tuple):
-                self._send(fault[0], b"{}", {})
+                self._send(fault[0], b"{}", {"RateLimit": fault[1]} if fault[1] else {})
             elif steps[0] == "blobs":
                 self._blob(steps[1])
             elif self.headers.get("Authorization") != f"Bearer {TOKEN}" or steps[-3:] == ["datasets", "owner", "none"]:

@@ -144,7 +144,7 @@ def test_a_data_set_of_the_hub_survives_a_kill_and_a_bad_hub(cluster, hub, tmp_p
     for fault, part in (
         ((503, ""), "/revision/"),
         ("cut", "/tree/"),
-        ((429, ""), "/paths-info/"),
+        ((429, '"api";r=0;t=1'), "/paths-info/"),
         ((502, ""), "/resolve/"),
         ("cut", "/blobs/"),
     ):

@@ -24,7 +24,9 @@ SCHEME = "hf://"
 READ_BUFFER_BYTES = 8 * 1024**2
 ATTEMPTS = 6
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 8.0
-_PASSING = frozenset({408, 429, 500, 502, 503, 504})
+LONGEST_WINDOW_S = 300.0
+TOO_MANY = 429
+_PASSING = frozenset({408, TOO_MANY, 500, 502, 503, 504})
 """Statuses that another attempt may not find."""
 _CLIENTS = frozenset({"httpx2", "httpx", "requests"})
 """Libraries through which the Hub's client has asked it, by its version: their errors are of connections."""
@@ -171,12 +173,16 @@ def _asked(question: Callable[[], _Answer]) -> _Answer:
     return answer
 
 
-def _passes(error: Exception) -> bool:
-    """Say whether an error may be gone at the next attempt."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is not None:
-        return status in _PASSING
-    return type(error).__module__.partition(".")[0] in _CLIENTS
+def _passes(error: Exception) -> bool | float:
+    """Say whether an error may be gone at the next attempt; or after how many seconds, if the Hub says so: it counts in windows of minutes."""
+    answer = getattr(error, "response", None)
+    if answer is None:
+        return type(error).__module__.partition(".")[0] in _CLIENTS
+    if answer.status_code not in _PASSING:
+        return False
+    left = re.search(r"\bt=(\d+)", answer.headers.get("ratelimit", "")) if answer.status_code == TOO_MANY else None
+    asked = left[1] if left else answer.headers.get("retry-after", "")
+    return min(float(asked), LONGEST_WINDOW_S) + 1.0 if asked.isdigit() else True
 
 
 def _file(address: _Address, commit: str, entry: Any) -> InputFile:
