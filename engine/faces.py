@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from engine import overview, runner
@@ -14,6 +15,7 @@ from engine.sources.rows import Selection
 from engine.sources.table_kinds import is_in_memory, is_ray_dataset
 from engine.sources.tables import tables_of
 from engine.storage import open_storage
+from engine.streams import without_core_notices
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -72,7 +74,9 @@ def run(*, config: str | Path | None = None, progress: bool = True, **options: A
 
     from engine.progress import Progress
 
-    with Progress(Console(stderr=True)) as shown:
+    console = Console(stderr=True)
+    notices = without_core_notices(in_notebook=True) if console.is_jupyter else nullcontext()
+    with Progress(console) as shown, notices:
         return runner.run(job, on_event=shown)
 
 

@@ -15,31 +15,36 @@ and all of them are in Ray's log files."""
 
 
 @contextmanager
-def without_core_notices() -> Iterator[None]:
+def without_core_notices(*, in_notebook: bool = False) -> Iterator[None]:
     """
     Keep the notices of Ray's C++ core off the screen.
 
     The core writes to descriptor 2 itself, past `sys.stderr`. So descriptor 2 becomes a pipe that is read line by line, and
     `sys.stderr` goes on as it was, on a copy of the original: a terminal stays a terminal.
+
+    Args:
+        in_notebook: A kernel has `sys.stderr` for itself, and shows what comes through the descriptor too: that alone is filtered.
     """
     before = sys.__stderr__
-    if before is None or sys.stderr is not before or before.fileno() != 2:  # somebody captures it: theirs to filter
+    plain = before if before is not None and sys.stderr is before and before.fileno() == 2 else None
+    if plain is None and not in_notebook:  # somebody captures it: theirs to filter
         yield
         return
-    before.flush()
+    sys.stderr.flush()
     screen = os.dup(2)
     readable, writable = os.pipe()
-    # Never closed: what was imported meanwhile may keep it, and write to it as the process ends, as colorama does.
-    copy = os.fdopen(os.dup(screen), "w", 1, before.encoding, before.errors)
     os.dup2(writable, 2)
     os.close(writable)
     reader = threading.Thread(target=_pass_on, args=(readable, screen), daemon=True)
     reader.start()
-    sys.stderr = copy
+    if plain is not None:
+        # Never closed: what was imported meanwhile may keep it, and write to it as the process ends, as colorama does.
+        sys.stderr = os.fdopen(os.dup(screen), "w", 1, plain.encoding, plain.errors)
     try:
         yield
     finally:
-        sys.stderr = before
+        if plain is not None:
+            sys.stderr = plain
         os.dup2(screen, 2)
         reader.join(timeout=1)  # not for ever: a child process may hold the pipe open
 
@@ -49,3 +54,4 @@ def _pass_on(readable: int, screen: int) -> None:
         for line in lines:
             if not CORE_NOTICE.match(line):
                 os.write(screen, line)
+    os.close(screen)

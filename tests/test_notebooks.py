@@ -55,6 +55,7 @@ def test_the_quickstart_goes_from_a_dataframe_to_a_search(tmp_path):
         output["text"] for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output
     )
     assert "Warning" not in streams, streams
+    assert "core_worker.cc" not in streams, streams
 
 
 @pytest.mark.soak
