@@ -1,11 +1,10 @@
-"""One job on clusters whose nodes come and die: raylets of this machine, each with its own folder and address."""
+"""One job, submitted to clusters whose nodes come and die: raylets of this machine, each with its own folder and address."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -17,14 +16,15 @@ import pytest
 
 import engine
 from tests.kills import FAILING, ROOT, Job, wait_until
-from tests.ray_nodes import Cluster, calls
+from tests.ray_nodes import RAY, Cluster, calls, hold
 from tests.strict_server import serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 KEY = "sk-of-the-strict-server"
 GPUS = ("--num-cpus=2", "--num-gpus=2")
-DRAIN_S = "4"
+DRAIN_S = "10"
+"""The grace of a node that is told to go. Two shards take a part of a second, and the test waits for its end."""
 
 
 @contextmanager
@@ -41,24 +41,26 @@ def cluster(*words: str) -> Iterator[Cluster]:
 
 
 class Run:
-    """`jobs/embed.py` on a cluster, as a driver of its own."""
+    """`jobs/embed.py`, submitted to a cluster as the README says; the engine and the model come with the working directory."""
 
-    def __init__(self, address: str, *arguments: str) -> None:
+    def __init__(self, cluster: Cluster, *arguments: str) -> None:
+        job = ["--working-dir", str(ROOT), "--", "python", "jobs/embed.py", *arguments]
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "jobs/embed.py"), "--address", address, *arguments],
-            env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_gcs_rpc_server_reconnect_timeout_s": "5"},
+            [RAY, "job", "submit", "--address", cluster.jobs, *job],
+            env=os.environ | {"NO_COLOR": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
 
     def until(self, is_true) -> None:
-        """Wait for something to be true while the run goes on."""
+        """Wait for something to be true while the job runs."""
         wait_until(lambda: is_true() or self.process.poll() is not None, 200)
         if not is_true():
             raise AssertionError(f"it ended with {self.process.returncode}:\n{self.process.stdout.read()[-4000:]}")
 
     def end(self) -> tuple[int, str]:
+        """Wait for the end; return the exit code of the command, which is 1 for any failure of the job, and the job's log."""
         output, _ = self.process.communicate(timeout=200)
         return self.process.returncode, output
 
@@ -66,12 +68,17 @@ class Run:
 @pytest.mark.soak
 def test_nodes_come_and_die_and_the_head_too_and_every_row_is_there_once(tmp_path):
     """
-    One job through all of it: it begins on the GPUs of one node, grows onto a node that is added, goes on there when the first is
-    killed in the middle of its shards, fails with the head, and is run again on a new cluster, where a node is told to go in the middle.
+    One job through all of it, submitted through the Jobs API to a head, where its driver runs: it begins on the GPUs of one node, grows
+    onto a node that is added, goes on there when the first is killed in the middle of its shards, and fails with the head. Submitted
+    again to a new cluster, it embeds no text a second time of which a row was committed.
+
+    There a node is told to go (SIGTERM) in the middle of a shard. That shard is embedded there and committed before the node is gone. The
+    next one is not done when the grace is over: it is given up with the node, which is gone without being killed, and is embedded once,
+    elsewhere. The job ends well.
     """
     job, notes = Job(tmp_path, None), tmp_path / "notes"
     notes.mkdir()
-    held = notes / "held"
+    hold(notes)
     model = {"folder": str(notes), "fail_on": FAILING}
     arguments = [
         *(f"--source={job.source}", f"--output={job.output}", "--id-column=id", "--shard-rows=20", "--num-actors=4"),
@@ -81,20 +88,24 @@ def test_nodes_come_and_die_and_the_head_too_and_every_row_is_there_once(tmp_pat
     def num_made_on(node: str) -> int:
         return sum(call["node"] == node for call in calls(notes))
 
+    def in_the_middle_on(node: str) -> set[str]:
+        over = [call["texts"] for name in ("calls", "failed") for call in calls(notes, name)]
+        begun = [call["texts"] for call in calls(notes, "begun") if call["node"] == node]
+        return {text for texts in begun if texts not in over for text in texts if FAILING not in text}
+
     with cluster("--num-cpus=0", "--num-gpus=0") as first:
         only_cpus, begins = first.add(("--num-cpus=2", "--num-gpus=0"), GPUS)
-        held.write_text("")
-        run = Run(first.address, *arguments)
+        run = Run(first, *arguments)
         run.until(lambda: num_made_on(begins.id) >= 1)
-        held.write_text(begins.id)
-        asked_an_api_while_all_gpus_are_taken(first.address, tmp_path)
+        hold(notes, [begins.id])
+        asked_an_api_while_all_gpus_are_taken(first, tmp_path)
         (added,) = first.add(GPUS)
         run.until(lambda: num_made_on(added.id) >= 2)
         assert num_made_on(only_cpus.id) == 0
         before = job.num_committed()
         begins.kill()
         run.until(lambda: job.num_committed() >= before + 3)
-        held.write_text("all")
+        hold(notes, "all")
         first.head.kill()
         code, output = run.end()
         assert code == 1, output
@@ -102,16 +113,26 @@ def test_nodes_come_and_die_and_the_head_too_and_every_row_is_there_once(tmp_pat
     committed = texts_committed(job)
     made_before = len(calls(notes))
     assert 0 < len(committed) < 1186
-    held.write_text("")
+    hold(notes)
     with cluster(*GPUS) as second:
         (told,) = second.add(("--num-cpus=2", "--num-gpus=1"))
-        held.write_text(second.head.id)  # or it may do all before the other has begun
-        run = Run(second.address, *arguments)
+        hold(notes, [second.head.id])  # or it may do all before the other has begun
+        run = Run(second, *arguments)
         run.until(lambda: num_made_on(told.id) >= 1)
-        held.write_text("all")
+        hold(notes, "all")
+        run.until(lambda: in_the_middle_on(told.id))
         told.notice()
-        wait_until(lambda: told.ip not in second.alive() or told.is_gone(), 60)
-        held.write_text("")
+        run.until(lambda: told.id in second.draining())
+        finished = in_the_middle_on(told.id)
+        assert finished
+        hold(notes, "all", but=finished)
+        run.until(lambda: finished <= texts_committed(job))
+        assert not told.is_gone()
+        run.until(lambda: in_the_middle_on(told.id))
+        given_up = in_the_middle_on(told.id)
+        run.until(told.is_gone)
+        assert in_the_middle_on(told.id) == given_up
+        hold(notes)
         code, output = run.end()
         assert code == 0, output
     job.check()
@@ -119,9 +140,12 @@ def test_nodes_come_and_die_and_the_head_too_and_every_row_is_there_once(tmp_pat
     assert committed.isdisjoint(text for call in made_again for text in call["texts"])
     assert {call["node"] for call in made_again} == {second.head.id, told.id}
     assert all(call["gpus"] for call in calls(notes))
+    places = {text: [call["node"] for call in made_again if text in call["texts"]] for text in finished | given_up}
+    assert all(places[text] == [told.id] for text in finished)
+    assert all(places[text] == [second.head.id] for text in given_up)
 
 
-def asked_an_api_while_all_gpus_are_taken(address: str, folder: Path) -> None:
+def asked_an_api_while_all_gpus_are_taken(cluster: Cluster, folder: Path) -> None:
     """A job that asks an API runs to its end beside one whose actors hold all GPUs: it needs none."""
     source, output = folder / "api" / "in", folder / "api" / "out"
     source.mkdir(parents=True)
@@ -130,7 +154,7 @@ def asked_an_api_while_all_gpus_are_taken(address: str, folder: Path) -> None:
     key_file.write_text(KEY)
     with serving(key=KEY, dimension=16) as server:
         flags = [f"--base-url={server.url}", "--dimensions=16", f"--key-file={key_file}", "--shard-rows=10"]
-        run = Run(address, f"--source={source}", f"--output={output}", "--model=openai:text-embedding-3-small", *flags)
+        run = Run(cluster, f"--source={source}", f"--output={output}", "--model=openai:text-embedding-3-small", *flags)
         code, printed = run.end()
         assert code == 0, printed
     verdict = engine.verify(output, "full")

@@ -20,7 +20,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from tests.builders import free_port
 from tests.kills import FAILING, ROOT, Job, wait_until
-from tests.ray_nodes import RAY, calls
+from tests.ray_nodes import RAY, calls, hold, takes_jobs
 from tests.strict_server import serving
 
 pytestmark = pytest.mark.ray
@@ -54,22 +54,13 @@ def dashboard(tmp_path_factory) -> Iterator[str]:
     )
     address = f"http://127.0.0.1:{port}"
     try:
-        wait_until(lambda: answers(address))
+        wait_until(lambda: takes_jobs(address))
         wait_until(lambda: submit(address, "--no-wait", "true").returncode == 0)
         yield address
     finally:
         for process in [*psutil.Process(head.pid).children(recursive=True), head]:
             process.kill()  # SIGTERM would have it drain for half a minute
         head.wait(20)
-
-
-def answers(address: str) -> bool:
-    """Say whether the Jobs API is there: the command that submits takes seconds to find out."""
-    try:
-        with urllib.request.urlopen(f"{address}/api/jobs/", timeout=10) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
 
 
 def submit(address: str, *command: str) -> subprocess.CompletedProcess[str]:
@@ -111,8 +102,7 @@ def test_a_submitted_job_embeds_and_a_second_one_finds_nothing_left(dashboard, t
 def test_a_job_that_is_stopped_and_submitted_again_goes_on_and_says_why_another_model_is_refused(dashboard, tmp_path):
     """It is stopped in the middle of its shards; the log and the status message have the engine's own words and exit code."""
     job, client = Job(tmp_path, None), JobSubmissionClient(dashboard)
-    held = tmp_path / "held"
-    held.write_text("")
+    hold(tmp_path)
     model = {"folder": str(tmp_path), "fail_on": FAILING, "delay_s": 0.05}
 
     def command(**options: object) -> list[str]:
@@ -128,13 +118,13 @@ def test_a_job_that_is_stopped_and_submitted_again_goes_on_and_says_why_another_
 
     first = submitted()
     wait_until(lambda: job.num_committed() >= 3)
-    held.write_text("all")
+    hold(tmp_path, "all")
     client.stop_job(first)
     assert ended(first) == JobStatus.STOPPED
     num_done, num_calls = job.num_committed(), len(calls(tmp_path))
     assert 3 <= num_done < 60
     assert "rows" in client.get_job_logs(first)
-    held.write_text("")
+    hold(tmp_path)
     second = submitted()
     assert ended(second) == JobStatus.SUCCEEDED
     assert "were done already" in client.get_job_logs(second)
