@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
@@ -178,8 +177,8 @@ def test_a_part_of_vectors_that_are_none_is_refused(problem):
 class SignedModel(HashModel):
     """Vectors whose numbers are of either sign."""
 
-    def __init__(self) -> None:
-        super().__init__(44)
+    def __init__(self, dimension: int = 44) -> None:
+        super().__init__(dimension)
 
     def vector(self, text: str) -> np.ndarray:
         return super().vector(text) - np.float32(0.5)
@@ -307,23 +306,6 @@ def test_the_guide_finds_the_nearest(dtype, tmp_path, monkeypatch):
     assert found["table"]["id"][int(found["nearest"][0])].as_py() == "a.parquet#5"
     cosines = found["vectors"] @ found["query"] / np.linalg.norm(found["vectors"], axis=1)
     assert cosines.argmax() == found["nearest"][0]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_guide_s_queries_find_the_nearest_in_duckdb(dtype, tmp_path, monkeypatch):
-    """As they stand but for the dimension: numbers by their cosine, bits by their Hamming distance."""
-    Made(tmp_path, dtype).make()
-    monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(
-        r"^```sql\n(.*?)^```$", (ROOT / "docs/output-dtypes.md").read_text(), re.MULTILINE | re.DOTALL
-    )
-    numbers, bits = (statement.query for statement in duckdb.extract_statements(block.replace("384", "44")))
-    query = SignedModel().vector("text 5")
-    if dtype == "binary":
-        found = duckdb.execute(bits, [np.packbits(query > 0).tolist()]).fetchall()
-    else:
-        found = duckdb.execute(numbers, [query.tolist()]).fetchall()
-    assert found[0] == ("a.parquet#5",)
 
 
 # The calibration
