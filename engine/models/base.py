@@ -265,9 +265,7 @@ def lowest_cosine(vectors: Vectors, others: Vectors) -> float:
     if not len(vectors):
         return 1.0
     lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(others, axis=1)
-    with np.errstate(
-        invalid="ignore", divide="ignore"
-    ):  # of a zero, or what is not finite, it is nan, which is less than nothing
+    with np.errstate(invalid="ignore", divide="ignore"):  # of a zero, or what is not finite, it is nan: below any bound
         return float(((vectors * others).sum(axis=1) / lengths).min())
 
 
