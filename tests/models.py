@@ -79,22 +79,6 @@ class BrokenModel(HashModel):
         raise RuntimeError("always")
 
 
-class MeddlingModel(HashModel):
-    """Changes or deletes an input while the job runs: once, at its third call."""
-
-    def __init__(self, change_file: str, delete: bool = False) -> None:
-        super().__init__(delay_s=0.05)
-        self.change_file = change_file
-        self.delete = delete
-        self.num_calls = 0
-
-    async def embed(self, texts: list[str]) -> np.ndarray:
-        self.num_calls += 1
-        if self.num_calls == 3:
-            os.unlink(self.change_file) if self.delete else os.utime(self.change_file)  # noqa: PTH108
-        return await super().embed(texts)
-
-
 class ChattyModel(HashModel):
     """Prints to stdout, where only results belong."""
 

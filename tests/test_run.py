@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import pytest
 import ray
 
 import engine
+from engine import runner
+from engine.config import load_config
 from engine.errors import (
     ConfigError,
     EngineError,
@@ -24,6 +27,7 @@ from engine.errors import (
     SourceChanged,
     SourceError,
 )
+from engine.events import PoolStarted
 from tests.builders import write_source
 from tests.kills import wait_until
 from tests.models import HashModel
@@ -320,16 +324,27 @@ def test_a_flipped_bit_is_found_set_aside_and_made_again(done):
     [(False, SourceChanged, "changed while it was being read"), (True, SourceError, "cannot be read")],
 )
 def test_an_input_that_changes_or_goes_during_the_run_ends_it(tmp_path, delete, error, message):
-    """What was committed is kept; rows of a half-changed file are never written."""
-    for number in range(3):
-        path = tmp_path / "in" / f"{number}.parquet"
-        path.parent.mkdir(exist_ok=True)
-        pq.write_table(pa.table({"id": range(2000), "text": [f"text {row}" for row in range(2000)]}), path)
-    args = {"change_file": str(path), "delete": delete}
-    meddling = {"model": "custom:tests.models.MeddlingModel", "model_args": args, "num_actors": 1, "shard_rows": 50}
+    """
+    What was committed is kept; of a file that is not what was planned no row is written.
+
+    It changes between the plan and its reading: later, a reader may be through with it before the model has begun.
+    """
+    source, out, last = tmp_path / "in", tmp_path / "out", tmp_path / "in/2.parquet"
+    for number in range(2):
+        write_source(
+            source / f"{number}.parquet", {"id": list(range(200)), "text": [f"text {row}" for row in range(200)]}
+        )
+    run(source, out)
+    write_source(last, {"id": list(range(200)), "text": [f"text {row}" for row in range(200)]})
+
+    def meddle(event: object) -> None:
+        if isinstance(event, PoolStarted):
+            last.unlink() if delete else os.utime(last)
+
+    options = {"model": HASH, "model_args": {"fail_on": "poison"}, "id_column": "id", "num_actors": 1, "device": "cpu"}
     with pytest.raises(error, match=message):
-        run(tmp_path / "in", tmp_path / "out", **meddling)
-    assert 0 < pads.dataset(tmp_path / "out/data").count_rows() < 6000
+        runner.run(load_config(source=str(source), output=str(out), **options), meddle)
+    assert pads.dataset(out / "data").count_rows() == 400
 
 
 @pytest.mark.parametrize(
