@@ -31,7 +31,6 @@ import engine
 from engine.cli import app, main
 from engine.models.model_files import folder_of
 from engine.storage import open_storage
-from tests import object_stores
 from tests.kills import ROOT
 from tests.strict_server import serving
 from tests.test_quantization import SIGNED, SignedModel
@@ -119,11 +118,11 @@ def commands(text: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def one_ray(tmp_path_factory) -> Iterator[str]:
+def one_ray(tmp_path_factory, s3_server) -> Iterator[str]:
     """One Ray for all guides, whose workers have a key, an S3 and an API, and the guides' model as it was once downloaded from the Hub."""
-    with pytest.MonkeyPatch.context() as patch, object_stores.serving() as store, serving(key=KEY) as server:
+    with pytest.MonkeyPatch.context() as patch, serving(key=KEY) as server:
         for bucket in ("corpus", "vectors"):
-            urllib.request.urlopen(urllib.request.Request(f"{store.url}/{bucket}", method="PUT")).close()
+            urllib.request.urlopen(urllib.request.Request(f"{s3_server.url}/{bucket}", method="PUT")).close()
         hub = downloaded(tmp_path_factory.mktemp("hub"))
         patch.setenv("HF_HUB_CACHE", str(hub))
         patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))  # it may have been imported before
