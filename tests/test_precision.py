@@ -117,5 +117,7 @@ def test_openvino_never_computes_in_less_than_it_was_asked_for(dtype, hint):
     """A CPU that cannot compute in 16 bits of that kind computes in 32; never in another kind, and never in 8."""
     backend = _backend(minilm("openvino", dtype))
     assert isinstance(backend, OpenVinoBackend)
-    assert backend._compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == 0
     assert backend.precision in (hint, "f32")
+    for plan in (backend._plan, backend._short_plan):
+        assert plan.compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == 0
+        assert plan.compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == backend.precision

@@ -34,6 +34,8 @@ LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.9995, "float16": 0.9995}
 """Between a vector and the one that PyTorch computes in float32: what a dtype promises (docs/decisions/0009)."""
 MAX_PROBE_TOKENS = 128
 """Of the texts that a conversion is checked with: enough for padding, and no minute of a large model's time."""
+SHORT_PROBE_TOKENS = 32
+"""Of the same once more, cut: a backend may compute short texts in a way of their own."""
 LONG_PROBE_TOKENS = 512
 """Of one more, since a branch that the tracer took for settled may show in long texts alone."""
 DEFAULT_BATCH_SIZE = {"cpu": 16, "cuda": 256}
@@ -207,13 +209,17 @@ def _converted(model: SentenceTransformer, tokenizer: Tokenizer, dtype: str) -> 
 
 
 def _probes(model: SentenceTransformer, tokenizer: Tokenizer) -> list[Batch]:
-    """Make a batch of rows with much, little and no padding, and one of a single long row."""
+    """Make two batches of rows with much, little and no padding, and one of a single long row."""
     lists = tokenizer([*PROBES, *(text[: len(text) // 2] for text in PROBES)]).lists()
     num_known = model[0].auto_model.get_input_embeddings().num_embeddings
     known = [ids for ids in lists if max(ids, default=0) < num_known]  # a tokenizer may have more than its model
     batches = []
-    for some in ([ids[:MAX_PROBE_TOKENS] for ids in known], [max(known, key=len)[:LONG_PROBE_TOKENS]]):
-        tokens, positions = Tokens.of(some), np.arange(len(some))
+    for some, most in (
+        (known, SHORT_PROBE_TOKENS),
+        (known, MAX_PROBE_TOKENS),
+        ([max(known, key=len)], LONG_PROBE_TOKENS),
+    ):
+        tokens, positions = Tokens.of([ids[:most] for ids in some]), np.arange(len(some))
         ids, mask = tokens.padded(positions, pad_id=tokenizer.pad_id, pad_left=tokenizer.pad_left)
         batches.append(Batch(positions, ids, mask, ids.size))
     return batches

@@ -8,6 +8,7 @@ is what runs; nothing is exported to a file, and no second library describes the
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import openvino as ov
 import torch
 from transformers.utils import logging as transformers_logging
@@ -28,6 +30,15 @@ if TYPE_CHECKING:
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 """Hints: a CPU that cannot compute in 16 bits computes in 32, which is never less exact."""
+LONG = 256
+"""Tokens: over fewer, attention may be faster step by step than in OpenVINO's fused kernels (docs/decisions/0009)."""
+MAX_WEIGHT_BYTES = 512 * 1024**2
+"""Of a model that is compiled twice, since each has weights of its own; in larger ones attention is less of the whole."""
+TRIAL_SHAPE = (8, 13)
+"""No multiple of a vector's width, as most lengths."""
+TRIALS = 5
+
+logger = logging.getLogger(__name__)
 
 
 class OpenVinoBackend(Backend):
@@ -46,30 +57,60 @@ class OpenVinoBackend(Backend):
     def __init__(self, model: SentenceTransformer, dtype: str, num_streams: int) -> None:
         self.num_streams = num_streams
         model[0].auto_model.set_attn_implementation("eager")
-        settings = {
+        settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # never int8 behind our back
             "NUM_STREAMS": num_streams,
             "INFERENCE_NUM_THREADS": num_streams,
             "ENABLE_CPU_PINNING": False,  # several actors of a machine would all be pinned to its first cores
         }
-        core, converted = ov.Core(), _converted(model)
-        self._compiled = core.compile_model(converted, "CPU", settings)
+        converted = _converted(model)
+        self._plan = _Plan(converted, settings, num_streams)
         if self.precision not in (PRECISIONS[dtype], "f32"):  # a CPU without float16 would take bfloat16, which is less
             settings["INFERENCE_PRECISION_HINT"] = "f32"
-            self._compiled = core.compile_model(converted, "CPU", settings)
-        self._idle: deque[Any] = deque(self._compiled.create_infer_request() for _ in range(num_streams))
+            self._plan = _Plan(converted, settings, num_streams)
+        self._short_plan = self._plan
+        if sum(weights.nbytes for weights in model.parameters()) <= MAX_WEIGHT_BYTES:
+            self._short_plan = self._faster_if_short(converted, settings)
 
     @property
     def precision(self) -> str:
         """What the CPU computes in: f32, bf16 or f16."""
-        return str(self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
+        return str(self._plan.compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
 
     def __call__(self, batch: Batch) -> Vectors:
         """Compute in one of the streams."""
+        plan = self._short_plan if batch.input_ids.shape[1] < LONG else self._plan
+        return plan(batch.input_ids, batch.attention_mask)
+
+    def _faster_if_short(self, converted: ov.Model, settings: dict[str, Any]) -> _Plan:
+        """Measure, in a moment, whether this CPU computes short texts faster without fused attention; return what does."""
+        try:
+            stepwise = _Plan(converted, settings | {"SNIPPETS_MODE": "DISABLE"}, self.num_streams)
+        except RuntimeError as error:  # an OpenVINO that does not know this setting
+            logger.debug("attention is fused for all lengths: %s", type(error).__name__)
+            return self._plan
+        ids = np.ones(TRIAL_SHAPE, np.int64)
+        seconds: dict[_Plan, list[float]] = {self._plan: [], stepwise: []}
+        for _ in range(1 + TRIALS):  # the first compiles kernels, and is never the fastest
+            for plan, taken in seconds.items():
+                began = time.perf_counter()
+                plan(ids, ids)
+                taken.append(time.perf_counter() - began)
+        return min(seconds, key=lambda plan: min(seconds[plan]))
+
+
+class _Plan:
+    """A compiled model, with a request for each stream."""
+
+    def __init__(self, converted: ov.Model, settings: dict[str, Any], num_streams: int) -> None:
+        self.compiled = ov.Core().compile_model(converted, "CPU", settings)
+        self._idle: deque[Any] = deque(self.compiled.create_infer_request() for _ in range(num_streams))
+
+    def __call__(self, input_ids: npt.NDArray[np.int64], attention_mask: npt.NDArray[np.int64]) -> Vectors:
         request = self._idle.pop()
         try:
-            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
             vectors = request.infer(inputs, share_inputs=True, share_outputs=True)[0]
             return np.array(vectors, np.float32)  # a copy: the request uses its buffer again
         finally:
