@@ -105,7 +105,10 @@ def encode(
     ) as writer:
         writer.write_table(table)
         writer.add_key_value_metadata({_SEAL: _OPEN})
-    return _sealed(bytes(sink.getvalue()))
+    data = bytearray(sink.getvalue())
+    place, seal = _seal(data)
+    data[place] = seal
+    return bytes(data)
 
 
 def decode(data: bytes, name: str) -> Part:
@@ -119,7 +122,8 @@ def decode(data: bytes, name: str) -> Part:
     Raises:
         CorruptOutput: If it is truncated or damaged, or is not exactly the rows of its shard as checked vectors.
     """
-    if not data or _sealed(data) != data:
+    place, seal = _seal(data)
+    if not seal or data[place] != seal:
         raise CorruptOutput(f"the part {name} cannot be read back: a byte of it is missing or is not what was written")
     try:
         with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as parquet:
@@ -154,18 +158,19 @@ def decode(data: bytes, name: str) -> Part:
     return Part(table, record, rejects, vectors)
 
 
-def _sealed(data: bytes) -> bytes:
+def _seal(data: bytes | bytearray) -> tuple[slice, bytes]:
     """
-    Put the hash of a part's bytes into its own footer, where it is computed as if it were zeros.
+    Return the hash of a part's bytes and its place in the part's own footer, where it is computed as if it were zeros.
 
     Page checksums cover neither page headers nor the footer, and a part without a record has nothing else to vouch for it.
+    There is no hash, but nothing, if there is no place for one. The bytes are not copied: a part may have hundreds of megabytes.
     """
     at = data.rfind(_SEAL)
     if at < 0:
-        return b""
+        return slice(0), b""
     at += len(_SEAL) + 2  # Thrift's field header and the length of the value
-    opened = data[:at] + _OPEN + data[at + len(_OPEN) :]
-    return data[:at] + content_hash(opened).encode() + data[at + len(_OPEN) :]
+    place, view = slice(at, at + len(_OPEN)), memoryview(data)
+    return place, content_hash(view[:at], _OPEN, view[place.stop :]).encode()
 
 
 def vectors_of(table: pa.Table, vectors: VectorFormat | None = None) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -43,10 +43,13 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def content_hash(data: bytes | str) -> str:
-    """Return the 128-bit XXH3 of `data`, as 32 hexadecimal digits. Against accidents, not against attackers."""
-    raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data  # file names may be any bytes
-    return str(xxhash.xxh3_128_hexdigest(raw))
+def content_hash(*data: bytes | memoryview | str) -> str:
+    """Return the 128-bit XXH3 of `data`, one after the other, as 32 hexadecimal digits. Against accidents, not against attackers."""
+    hashed = xxhash.xxh3_128()
+    for one in data:
+        raw = one.encode("utf-8", "surrogatepass") if isinstance(one, str) else one  # file names may be any bytes
+        hashed.update(raw)
+    return str(hashed.hexdigest())
 
 
 @dataclass(frozen=True, slots=True)
