@@ -138,47 +138,47 @@ def start_inside(mine: Lease, other: threading.Thread) -> None:
         threading.Event().wait(60)
 
 
-def take_over(root: str, began: threading.Event) -> None:
-    with held(LocalStorage(root), "take-over") as mine:
-        assert mine.was_contested
-        began.set()
+def test_a_run_that_is_taken_over_is_interrupted_and_told(storage, monkeypatch):
+    """In the middle of whatever it waits for; the other one begins once it has left."""
+    monkeypatch.setattr(lease, "BEAT_S", 0.2)
+    done = threading.Event()
 
+    def take_over() -> None:
+        with held(LocalStorage(storage.root), "take-over") as mine:
+            assert mine.was_contested
+            done.set()
 
-def taken_over(root: str) -> None:
-    lease.BEAT_S = 0.2
-    began = threading.Event()
-    other = threading.Thread(target=take_over, args=(root, began))
-    with held(LocalStorage(root), "refuse") as mine:
+    with held(storage, "refuse") as mine:
+        other = threading.Thread(target=take_over)
         with pytest.raises(KeyboardInterrupt):
             start_inside(mine, other)
-        assert not began.is_set()
+        assert not done.is_set()
         with pytest.raises(OutputInUse, match="was taken over by another run"):
             mine.check()
     other.join(60)
-    assert began.is_set()
+    assert done.is_set()
 
 
-def taken_over_in_the_background(root: str) -> None:
-    lease.BEAT_S = 0.2
-    other = threading.Thread(target=take_over, args=(root, threading.Event()))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with held(LocalStorage(root), "refuse") as mine:
-        with mine.interrupting():
-            signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            start_inside(mine, other)
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    other.join(60)
-
-
-def test_a_run_that_is_taken_over_is_interrupted_and_told(storage):
-    """In the middle of whatever it waits for; the other one begins once it has left. The signal goes to a process of its own."""
-    Started(taken_over, storage.root).result()
-
-
-def test_a_run_in_the_background_of_a_script_is_interrupted_by_nothing_else(storage):
+def test_a_run_in_the_background_of_a_script_is_interrupted_by_nothing_else(storage, monkeypatch):
     """There Ctrl-C is ignored, and stays so; the signal by which another run takes over is not."""
-    Started(taken_over_in_the_background, storage.root).result()
+    monkeypatch.setattr(lease, "BEAT_S", 0.2)
+
+    def take_over() -> None:
+        with held(LocalStorage(storage.root), "take-over"):
+            pass
+
+    other = threading.Thread(target=take_over)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with held(storage, "refuse") as mine:
+            with mine.interrupting():
+                signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                start_inside(mine, other)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    other.join(60)
 
 
 def test_of_many_that_try_at_once_one_holds_the_output(storage):
