@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +19,7 @@ from engine.models.backends import openvino
 from engine.models.backends.base import Batch
 from engine.models.backends.pytorch import PyTorchBackend
 from engine.models.base import Vectors
+from tests.builders import Started
 from tests.test_backends import KINDS, LEAST, Kind, by_engine, root_logger
 from tests.tiny_models import (
     BERT,
@@ -25,6 +28,7 @@ from tests.tiny_models import (
     cosines,
     decoder_tokenizer,
     mixed,
+    packaged,
     packed,
     rows,
     save_transformer,
@@ -160,3 +164,17 @@ def test_a_tokenizer_of_more_tokens_than_the_model_has_is_no_matter_of_the_backe
     expected = with_modules(folder).encode(mixed())
     for backend in ("torch", "openvino"):
         assert cosines(packed(with_modules(folder), backend)(mixed()).vectors, expected).min() >= LEAST
+
+
+def models_come_and_go() -> None:
+    models = [packaged("openvino"), packaged("openvino")]
+    while models:  # the first one first
+        models.pop(0).close()
+        gc.collect()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_is_an_exception_still_when_converted_models_are_gone():
+    """OpenVINO changes the stack that signals are handled on; a process that is left with one that was freed dies of the next signal."""
+    Started(models_come_and_go).result()

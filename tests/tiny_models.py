@@ -158,6 +158,15 @@ def packed(model: SentenceTransformer, backend: str = "torch", dtype: str = "flo
     return encoder
 
 
+def packaged(backend: str, dtype: str = "float32") -> PackedEncoder:
+    """Return the engine's encoder of the real MiniLM, by that backend and no other."""
+    chosen = local.chosen("cpu", backend)
+    model = local.load(PACKAGED, chosen, dtype=dtype, revision=None, trust_remote_code=False)
+    encoder = packed(model, backend, dtype=dtype)
+    assert encoder.backend_name == backend
+    return encoder
+
+
 # Answers
 
 

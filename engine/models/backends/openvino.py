@@ -13,6 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -96,11 +97,22 @@ class OpenVinoBackend(Backend):
         return _fastest((self._plan, stepwise))
 
 
+@cache
+def _core() -> ov.Core:
+    """
+    Return OpenVINO, the same for all models of the process, and for its life.
+
+    Each `ov.Core` puts an alternate signal stack under the thread that compiles with it, and the one before back as it goes. If that one went
+    first, its memory is free, and the next signal, Ctrl-C among them, kills the process.
+    """
+    return ov.Core()
+
+
 class _Plan:
     """A compiled model, with a request for each stream."""
 
     def __init__(self, converted: ov.Model, settings: dict[str, Any], num_streams: int) -> None:
-        self.compiled = ov.Core().compile_model(converted, "CPU", settings)
+        self.compiled = _core().compile_model(converted, "CPU", settings)
         self._idle: deque[Any] = deque(self.compiled.create_infer_request() for _ in range(num_streams))
 
     def __call__(self, input_ids: Ids, attention_mask: Ids) -> Vectors:
@@ -116,14 +128,14 @@ class _Plan:
 def _fastest(plans: Sequence[_Computes]) -> _Computes:
     """Measure, in a moment, which of several plans computes a few short texts fastest; they take turns."""
     ids = np.ones(TRIAL_SHAPE, np.int64)
-    fastest: dict[int, float] = dict.fromkeys(range(len(plans)), float("inf"))
+    fastest = [float("inf")] * len(plans)
     for number in range(1 + TRIALS):
         for at, plan in enumerate(plans):
             began = time.perf_counter()
             plan(ids, ids)
             if number:  # the first call makes its kernels
                 fastest[at] = min(fastest[at], time.perf_counter() - began)
-    return plans[min(fastest, key=lambda at: fastest[at])]
+    return plans[fastest.index(min(fastest))]
 
 
 class _Traceable(torch.nn.Module):
