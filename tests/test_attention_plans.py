@@ -8,31 +8,21 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import pytest
+from sentence_transformers import SentenceTransformer
 
-from engine.models import local
+from engine.models import model_files
 from engine.models.backends import openvino
 from engine.models.backends.openvino import OpenVinoBackend
-from engine.models.encoders import PackedEncoder
-from tests.tiny_models import PACKAGED, cosines, packed, sample
+from tests.tiny_models import PACKAGED, cosines, packaged, sample
 
 LEAST = {"float32": 0.99999, "bfloat16": 0.9995}
 FEW = [*sample("messages", 48), *sample("conversations", 6)]
 CHOICE = "SNIPPETS_MODE"
 
 
-def encoder(dtype: str = "float32") -> PackedEncoder:
-    chosen = local.chosen("cpu", "openvino")
-    model = local.load(PACKAGED, chosen, dtype=dtype, revision=None, trust_remote_code=False)
-    made = packed(model, "openvino", dtype=dtype)
-    assert made.backend_name == "openvino"
-    return made
-
-
 @pytest.fixture
 def expected() -> np.ndarray:
-    return local.load(
-        PACKAGED, local.chosen("cpu", "torch"), dtype="float32", revision=None, trust_remote_code=False
-    ).encode(FEW)
+    return SentenceTransformer(str(model_files.folder_of(PACKAGED)), device="cpu").encode(FEW)
 
 
 @pytest.fixture
@@ -53,7 +43,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("place", [0, 1], ids=["fused", "step by step"])
 def test_the_vectors_are_the_model_s_own_whichever_plan_is_taken(monkeypatch, expected, dtype, place):
     monkeypatch.setattr(openvino, "_fastest", lambda plans: plans[place])
-    assert cosines(encoder(dtype)(FEW).vectors, expected).min() >= LEAST[dtype]
+    assert cosines(packaged("openvino", dtype)(FEW).vectors, expected).min() >= LEAST[dtype]
 
 
 def test_the_faster_plan_is_taken():
@@ -70,11 +60,11 @@ def test_the_faster_plan_is_taken():
 
 def test_a_large_model_is_compiled_once(monkeypatch, compiled):
     """A second set of weights would take as much memory as the first, for a share of attention that is small."""
-    encoder()
+    packaged("openvino")
     assert [CHOICE in settings for settings in compiled] == [False, True]
     compiled.clear()
     monkeypatch.setattr(openvino, "MAX_WEIGHT_BYTES", 1_000_000)
-    encoder()
+    packaged("openvino")
     assert [CHOICE in settings for settings in compiled] == [False]
 
 
@@ -87,7 +77,7 @@ def test_an_openvino_without_the_setting_runs_all_lengths_fused(monkeypatch, exp
         return compile_model(core, model, device, settings)
 
     monkeypatch.setattr(ov.Core, "compile_model", refusing)
-    made = encoder()
+    made = packaged("openvino")
     backend = made._queue.backend
     assert isinstance(backend, OpenVinoBackend)
     assert backend._short_plan is backend._plan

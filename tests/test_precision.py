@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from engine.models import local, model_files
+from engine.models import model_files
 from engine.models.backends.openvino import OpenVinoBackend
 from engine.models.encoders import PackedEncoder
 from engine.models.token_budget import TokenBudget
-from tests.tiny_models import PACKAGED, cosines, packed, sample
+from tests.tiny_models import PACKAGED, cosines, packaged, sample
 
 LEAST = {"float32": 0.99999, "bfloat16": 0.9995, "float16": 0.9995}
 BACKENDS = ["torch", "openvino"]
@@ -35,15 +35,8 @@ def expected() -> np.ndarray:
     return SentenceTransformer(str(model_files.folder_of(PACKAGED)), device="cpu").encode(texts())
 
 
-@cache
-def minilm(backend: str, dtype: str) -> PackedEncoder:
-    """Return the engine's encoder of the real MiniLM, built once for all tests of this file."""
-    chosen = local.chosen("cpu", backend)
-    encoder = packed(
-        local.load(PACKAGED, chosen, dtype=dtype, revision=None, trust_remote_code=False), backend, dtype=dtype
-    )
-    assert encoder.backend_name == backend
-    return encoder
+minilm = cache(packaged)
+"""Built once for all tests of this file."""
 
 
 @cache
