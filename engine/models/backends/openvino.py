@@ -23,6 +23,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from engine.models.backends.base import Backend, Batch, features_of
+from engine.models.backends.stepwise import stepwise
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -88,13 +89,13 @@ class OpenVinoBackend(Backend):
         return plan(batch.input_ids, batch.attention_mask)
 
     def _for_short_texts(self, converted: ov.Model, settings: dict[str, Any]) -> _Plan:
-        """Compile the model without fused attention too; return which of both computes short texts faster on this CPU."""
+        """Compile the model with attention step by step too; return which of both computes short texts faster on this CPU."""
         try:
-            stepwise = _Plan(converted, settings | {"SNIPPETS_MODE": "DISABLE"}, self.num_streams)
+            short_plan = _Plan(stepwise(converted), settings | {"SNIPPETS_MODE": "DISABLE"}, self.num_streams)
         except RuntimeError as error:  # an OpenVINO that does not know this setting
             logger.debug("attention is fused for all lengths: %s", type(error).__name__)
             return self._plan
-        return _fastest((self._plan, stepwise))
+        return _fastest((self._plan, short_plan))
 
 
 @cache
