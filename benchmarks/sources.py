@@ -339,7 +339,12 @@ def giant(folder: Path, size_gb: float) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "rows": num_rows, "s": samples[-1]["s"], "samples": samples}
 
 
-ROLES = {"EmbedWorker": "actors", "Publisher": "publishers", "ray::": "readers and idle workers"}
+ROLES = {
+    "EmbedWorker": "actors",
+    "CommittingWorker": "actors",
+    "Publisher": "publishers",
+    "ray::": "readers and idle workers",
+}
 
 
 def memory_by_role(pid: int) -> dict[str, float]:

@@ -28,8 +28,10 @@ from tests.models import HashModel
 from tests.object_stores import keys
 
 ROOT = Path(__file__).parent.parent
-ACTOR = "ray::MapWorker(MapBatches(EmbedWorker))"
-PUBLISHER = "ray::MapWorker(MapBatches(Publisher))"
+COMMITTING = "ray::MapWorker(MapBatches(CommittingWorker))"
+"""On CPUs, the only kind."""
+EMBEDDING, PUBLISHER = "ray::MapWorker(MapBatches(EmbedWorker))", "ray::MapWorker(MapBatches(Publisher))"
+"""On GPUs."""
 FAILING = "poison"
 
 
@@ -42,17 +44,27 @@ class Job:
         address: Of the Ray cluster that it runs on; None lets each run start its own.
         delay_s: Seconds that the model takes for a shard.
         num_actors: On one core each.
+        on_gpus: On half a GPU each instead, which on this machine is only a number.
 
     While there is a file `held` in the folder, the model waits.
     """
 
-    def __init__(self, folder: Path, address: str | None, delay_s: float = 0.05, num_actors: int = 2) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        address: str | None,
+        delay_s: float = 0.05,
+        num_actors: int = 2,
+        *,
+        on_gpus: bool = False,
+    ) -> None:
         self.held = folder / "held"
         self.output: Path | str = folder / "out"
         self.source: Path | str = folder / "in"
         self._folder = folder
         self._address = address
         self._num_actors = num_actors
+        self._share = ["--gpus-per-actor", "0.5"] if on_gpus else ["--cpus-per-actor", "1", "--device", "cpu"]
         self._model_args = {"fail_on": FAILING, "delay_s": delay_s, "hold": str(self.held)}
         self.id_column: str | None = "id"
         self.num_shards = 60
@@ -95,10 +107,7 @@ class Job:
                     "20",
                     "--num-actors",
                     str(self._num_actors),
-                    "--cpus-per-actor",
-                    "1",
-                    "--device",
-                    "cpu",
+                    *self._share,
                     *address,
                     *options,
                 ),

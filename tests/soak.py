@@ -17,11 +17,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import ray
 
-from tests.kills import ACTOR, PUBLISHER, ROOT, Job, kill_worker
+from tests.kills import COMMITTING, EMBEDDING, PUBLISHER, ROOT, Job, kill_worker
 
 DRIVER = "driver"
 MAX_KILLS_A_ROUND = 12
@@ -35,7 +36,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no round after so long")
     arguments = parser.parse_args()
     os.environ |= {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
-    ray.init(address="local", num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init(
+        address="local", num_cpus=8, num_gpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False
+    )
     try:
         soak(ray.get_runtime_context().gcs_address, arguments.kills, arguments.seed, arguments.minutes)
     finally:
@@ -51,8 +54,10 @@ def soak(address: str, num_kills: int, seed: int, minutes: float) -> None:
     while killed.total() < num_kills and time.monotonic() - started < minutes * 60:
         chance = random.Random(f"{seed} {num_rounds}")
         with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-            job = Job(Path(folder), address, delay_s=0.2)
-            killed += kill_through(job, chance, min(MAX_KILLS_A_ROUND, num_kills - killed.total()))
+            on_gpus = num_rounds % 2 == 1  # where publishers are actors of their own
+            job = Job(Path(folder), address, delay_s=0.2, on_gpus=on_gpus)
+            targets = [DRIVER, EMBEDDING, PUBLISHER] if on_gpus else [DRIVER, COMMITTING, COMMITTING]
+            killed += kill_through(job, chance, targets, min(MAX_KILLS_A_ROUND, num_kills - killed.total()))
             job.check()
         num_rounds += 1
         counts = ", ".join(f"{count} {target}" for target, count in sorted(killed.items()))
@@ -62,12 +67,12 @@ def soak(address: str, num_kills: int, seed: int, minutes: float) -> None:
     )
 
 
-def kill_through(job: Job, chance: random.Random, most: int) -> Counter[str]:
+def kill_through(job: Job, chance: random.Random, targets: Sequence[str], most: int) -> Counter[str]:
     """Run a job to its end, killing on the way; return how many processes of each kind were killed."""
     killed: Counter[str] = Counter()
     process = job.start()
     while killed.total() < most and job.num_committed() < 60:
-        target = chance.choice([DRIVER, ACTOR, ACTOR, PUBLISHER, PUBLISHER])
+        target = chance.choice(targets)
         if target == DRIVER:
             job.kill_at(chance, process)
             killed["drivers"] += 1
@@ -75,7 +80,7 @@ def kill_through(job: Job, chance: random.Random, most: int) -> Counter[str]:
         else:
             time.sleep(chance.uniform(0, 1.5))
             if kill_worker(target, os.getpid(), process, chance):
-                killed["actors" if target == ACTOR else "publishers"] += 1
+                killed["publishers" if target == PUBLISHER else "actors"] += 1
             elif process.poll() is not None:
                 break
     _, stderr = process.communicate(timeout=600)

@@ -16,7 +16,7 @@ import ray
 
 import engine
 from engine.lease import LEASE
-from tests.kills import ACTOR, PUBLISHER, ROOT, BucketJob, Job, kill_worker
+from tests.kills import COMMITTING, EMBEDDING, PUBLISHER, ROOT, BucketJob, Job, kill_worker
 from tests.object_stores import BUCKET, KEYS
 
 pytestmark = pytest.mark.ray
@@ -27,7 +27,9 @@ def address(s3_server):
     """A cluster that outlives the drivers that are killed on it."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["PYTHONPATH"] = str(ROOT)
-    ray.init(address="local", num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init(
+        address="local", num_cpus=8, num_gpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False
+    )
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
@@ -72,10 +74,10 @@ def test_a_job_from_a_bucket_into_a_bucket_survives_a_kill_and_a_bad_store(s3_se
         assert not any(key.encode() in data for key in KEYS.values())
 
 
-@pytest.mark.parametrize(("title", "kills"), [(ACTOR, 4), (PUBLISHER, 6)])
+@pytest.mark.parametrize(("title", "kills"), [(COMMITTING, 4), (EMBEDDING, 3), (PUBLISHER, 5)])
 def test_workers_killed_in_the_middle_are_replaced_and_the_run_goes_on(address, tmp_path, title, kills):
-    """SIGKILL of embedding actors and of publishers, several times in one run, which ends well all the same."""
-    job = Job(tmp_path, address, delay_s=0.3)
+    """SIGKILL of actors that embed and commit, that only embed, and of publishers, several times in one run, which ends well all the same."""
+    job = Job(tmp_path, address, delay_s=0.3, on_gpus=title != COMMITTING)
     chance = random.Random(title)
     process = job.start()
     killed = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import pyarrow as pa
 
@@ -10,29 +11,24 @@ from engine.commits import Receipt
 from engine.errors import Refused
 from engine.ledger import Ledger
 from engine.pipeline.parcel import Item, pack_receipts, unpack
+from engine.pipeline.worker import EmbedWorker, Work
 
 NICENESS = 10
 """A publisher has time; the models' threads, which wait for each other, have not."""
 
 
-class Publisher:
-    """
-    A `map_batches` actor that commits shards.
-
-    An actor, not a task: between two shards that take seconds Ray ends idle task workers, and each new one costs more than a
-    second of CPU to start (`docs/decisions/0005-publishers-are-actors.md`).
-    """
+class Commits:
+    """Commits parcels of a job, from any number of threads."""
 
     def __init__(self, ledger: Ledger, fingerprint: str) -> None:
         self._ledger = ledger
         self._fingerprint = fingerprint
         self._is_checked = False
-        os.nice(NICENESS)
 
-    def __call__(self, block: pa.Table) -> pa.Table:
-        """Commit every shard in a block; return their receipts."""
+    def receipts(self, items: Sequence[Item]) -> pa.Table:
+        """Commit every shard of a parcel; return their receipts, packed."""
         self._check_place()
-        return pa.concat_tables([pack_receipts(self._receipt(item) for item in items) for items in unpack(block)])
+        return pack_receipts(self._receipt(item) for item in items)
 
     def _receipt(self, item: Item) -> Receipt:
         if item.is_left:
@@ -57,3 +53,31 @@ class Publisher:
                 "give an output on a disk that all nodes of the cluster share"
             )
         self._is_checked = True
+
+
+class Publisher:
+    """
+    A `map_batches` actor that commits shards.
+
+    An actor, not a task: between two shards that take seconds Ray ends idle task workers, and each new one costs more than a
+    second of CPU to start (`docs/decisions/0005-publishers-are-actors.md`).
+    """
+
+    def __init__(self, ledger: Ledger, fingerprint: str) -> None:
+        self._commits = Commits(ledger, fingerprint)
+        os.nice(NICENESS)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Commit every shard in a block; return their receipts."""
+        return pa.concat_tables([self._commits.receipts(items) for items in unpack(block)])
+
+
+class CommittingWorker(EmbedWorker):
+    """An embedding actor that commits its shards itself: where cores compute, a publisher would only take its time from them."""
+
+    def __init__(self, work: Work, ledger: Ledger, fingerprint: str) -> None:
+        super().__init__(work)
+        self._commits = Commits(ledger, fingerprint)
+
+    def _handed_over(self, items: Sequence[Item]) -> pa.Table:
+        return self._commits.receipts(items)

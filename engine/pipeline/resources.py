@@ -17,7 +17,7 @@ READERS_PER_ACTOR = 2
 ACTORS_PER_PUBLISHER = 4
 """At first: a publisher is through with a shard in a fraction of what a model needs for it; the pool grows to one an actor."""
 RESERVED_CPUS = 0.25
-"""Of each actor's cores, for two readers and a publisher."""
+"""Of each actor's cores, for two readers, and a publisher where there is one."""
 MAX_CORES_PER_ACTOR = 4
 WAITING_CPUS = 0.5
 """Of an actor that asks a provider: enough for any provider's limits, and room for it beside other work on one core."""
@@ -50,8 +50,8 @@ class Resources:
 
     @property
     def min_publishers(self) -> int:
-        """Publishers to begin with; there are never more than embedding actors."""
-        return -(-self.min_actors // ACTORS_PER_PUBLISHER)
+        """Publishers to begin with; never more than embedding actors, and none where those compute on cores, which commit themselves."""
+        return 0 if self.kind == "CPU" else -(-self.min_actors // ACTORS_PER_PUBLISHER)
 
 
 def decide(config: JobConfig, nodes: Sequence[Mapping[str, float]], num_parcels: int) -> Resources:

@@ -16,7 +16,7 @@ from engine.pipeline import cluster
 from engine.pipeline.budget import Drain
 from engine.pipeline.datasource import Parcel, ShardDatasource
 from engine.pipeline.parcel import unpack_receipts
-from engine.pipeline.publish import Publisher
+from engine.pipeline.publish import CommittingWorker, Publisher
 from engine.pipeline.resources import LIGHT_CPUS, Resources
 from engine.pipeline.worker import EmbedWorker, Work
 
@@ -36,7 +36,7 @@ TASKS_IN_FLIGHT = 8
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """One run's way through Ray: read, embed, publish."""
+    """One run's way through Ray: read, embed, publish; on CPUs the actors that embed publish too."""
 
     parcels: Sequence[Parcel]
     work: Work
@@ -72,41 +72,41 @@ class Stream:
             drain.raise_if_stopped()
 
     def _chain(self) -> ray.data.Dataset:
-        chosen = self.resources
+        chosen, place = self.resources, (self.ledger, self.fingerprint)
+        is_last = not chosen.min_publishers
         source = ShardDatasource(self.parcels, self.work.selection, chosen.max_readers)
-        return (
-            ray.data.read_datasource(
-                source,
-                override_num_blocks=source.num_read_tasks,
-                num_cpus=LIGHT_CPUS,
-                concurrency=chosen.max_readers,
-            )
-            .map_batches(
-                EmbedWorker,
-                fn_constructor_args=(self.work,),
-                batch_size=1,  # a parcel a call; Ray refuses None beside GPUs
-                batch_format="pyarrow",
-                compute=ActorPoolStrategy(
-                    min_size=chosen.min_actors,
-                    max_size=chosen.max_actors,
-                    max_concurrent_calls_per_actor=chosen.parcels_inside,
-                    max_tasks_in_flight_per_actor=chosen.parcels_inside + PARCELS_WAITING,
-                    enable_true_multi_threading=True,
-                ),
-                num_cpus=chosen.num_cpus,
-                num_gpus=chosen.num_gpus or None,
-                max_task_retries=MAX_CRASHES,
-            )
-            .map_batches(
-                Publisher,
-                fn_constructor_args=(self.ledger, self.fingerprint),
-                batch_size=None,
-                batch_format="pyarrow",
-                compute=ActorPoolStrategy(
-                    min_size=chosen.min_publishers,
-                    max_size=chosen.max_actors,
-                    max_tasks_in_flight_per_actor=TASKS_IN_FLIGHT,
-                ),
-                num_cpus=LIGHT_CPUS,
-            )
+        embedded = ray.data.read_datasource(
+            source,
+            override_num_blocks=source.num_read_tasks,
+            num_cpus=LIGHT_CPUS,
+            concurrency=chosen.max_readers,
+        ).map_batches(
+            CommittingWorker if is_last else EmbedWorker,
+            fn_constructor_args=(self.work, *place) if is_last else (self.work,),
+            batch_size=1,  # a parcel a call; Ray refuses None beside GPUs
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(
+                min_size=chosen.min_actors,
+                max_size=chosen.max_actors,
+                max_concurrent_calls_per_actor=chosen.parcels_inside,
+                max_tasks_in_flight_per_actor=chosen.parcels_inside + PARCELS_WAITING,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=chosen.num_cpus,
+            num_gpus=chosen.num_gpus or None,
+            max_task_retries=MAX_CRASHES,
+        )
+        if is_last:
+            return embedded
+        return embedded.map_batches(
+            Publisher,
+            fn_constructor_args=place,
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(
+                min_size=chosen.min_publishers,
+                max_size=chosen.max_actors,
+                max_tasks_in_flight_per_actor=TASKS_IN_FLIGHT,
+            ),
+            num_cpus=LIGHT_CPUS,
         )

@@ -96,15 +96,20 @@ class EmbedWorker:
             self._failure = error  # for the first call: of an error in a constructor Ray passes on the text alone
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Return the block's parcels with `embedding` in place of the text."""
+        """Return the block's parcels with `embedding` in place of the text, or what becomes of them here."""
         if self._failure is not None:
             raise self._failure
         try:
-            return pa.concat_tables([pack(self._embed(items)) for items in unpack(block)])
+            parcels = [self._embed(items) for items in unpack(block)]
         except EngineError:
             raise
         except Exception as error:
             raise _failed(self._work, error) from None
+        return pa.concat_tables([self._handed_over(items) for items in parcels])
+
+    def _handed_over(self, items: Sequence[Item]) -> pa.Table:
+        """Return what leaves the actor for a parcel: here all of it, for a publisher."""
+        return pack(items)
 
     def __del__(self) -> None:
         """Close the model: Ray Data lets go of the worker as its actor ends (not if it is killed)."""
