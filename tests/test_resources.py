@@ -39,8 +39,17 @@ def test_on_cpus_one_actor_for_each_group_of_cores(cpus, actors, threads):
 def test_actors_leave_room_for_their_light_tasks(cluster, cores):
     """Readers and publishers always find a slot beside all actors, or the pipeline would stand still."""
     got = chosen(cluster, cpus_per_actor=cores)
-    asked = got.max_actors * got.num_cpus + (got.max_readers + got.max_actors) * LIGHT_CPUS
+    publishers = got.max_actors if got.min_publishers else 0
+    asked = got.max_actors * got.num_cpus + (got.max_readers + publishers) * LIGHT_CPUS
     assert asked <= cluster["CPU"]
+
+
+def test_actors_on_cores_commit_themselves_and_those_on_gpus_have_publishers():
+    """A publisher beside cores that compute takes their time; beside a GPU it keeps Python's lock free for its kernels."""
+    assert chosen({"CPU": 8}).min_publishers == 0
+    assert chosen({"CPU": 8, "GPU": 8}, device="cpu").min_publishers == 0
+    assert chosen({"CPU": 8, "GPU": 8}).min_publishers == 2
+    assert chosen({"CPU": 8}, model="openai:text-embedding-3-small").min_publishers == 1
 
 
 def test_device_cpu_leaves_gpus_alone():

@@ -19,7 +19,7 @@ from engine.commits import Usage
 from engine.config import JobConfig, load_config
 from engine.errors import Refused, SourceChanged
 from engine.ledger import COMMITS, REJECTS, Ledger, part_name, record_name, rejects_name
-from engine.pipeline.publish import Publisher
+from engine.pipeline.publish import Commits
 from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Reject, Shard, vectors_type
 from engine.storage import LocalStorage
 from engine.survey import survey
@@ -256,12 +256,12 @@ def test_a_source_from_another_folder_is_refused_before_the_first_commit_too(tmp
         survey(load_config(source=str(tmp_path / "in/deep"), **options))
 
 
-def test_a_publisher_on_another_disk_is_refused(output, tmp_path):
+def test_a_commit_on_another_disk_is_refused(output, tmp_path):
     """The same path on a node that does not share it: the shard must not be committed where nobody looks."""
     asked = survey(output.config)
-    publisher = Publisher(Ledger(LocalStorage(str(tmp_path / "elsewhere"))), asked.job.fingerprint)
+    commits = Commits(Ledger(LocalStorage(str(tmp_path / "elsewhere"))), asked.job.fingerprint)
     with pytest.raises(Refused, match="a disk that all nodes of the cluster share"):
-        publisher(pa.table({}))
+        commits.receipts([])
     assert not (tmp_path / "elsewhere").exists()
 
 

@@ -12,8 +12,8 @@ from engine.models.device_queue import Done
 
 logger = logging.getLogger(__name__)
 
-CANDIDATES = {"cpu": (256, 512, 1024), "cuda": (16384, 32768, 65536)}
-"""For a core, few enough to stay in its caches; for a GPU, enough to fill it. A device begins with the middle one."""
+CANDIDATES = {"cpu": (256, 768, 1536), "cuda": (16384, 32768, 65536)}
+"""For a core, few enough to stay in its caches, and enough to pay for a call; for a GPU, enough to fill it. A device begins with the middle one."""
 TURNS = 2
 """At least, in a call on trial."""
 BATCHES_TO_TELL = 8
