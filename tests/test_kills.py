@@ -7,6 +7,7 @@ import platform
 import random
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import ray
 
 import engine
 from engine.lease import LEASE
-from tests.kills import COMMITTING, EMBEDDING, PUBLISHER, ROOT, BucketJob, Job, kill_worker
+from tests.kills import COMMITTING, EMBEDDING, PUBLISHER, ROOT, BucketJob, Job, kill_worker, wait_until
 from tests.object_stores import BUCKET, KEYS
 
 pytestmark = pytest.mark.ray
@@ -92,8 +93,8 @@ def test_workers_killed_in_the_middle_are_replaced_and_the_run_goes_on(address, 
 
 
 def test_a_driver_killed_with_its_own_ray_and_a_ray_killed_under_its_driver_lose_nothing(address, tmp_path):
-    """SIGKILL of a driver that had started Ray itself: the same command resumes at once, beside what is left of that Ray. SIGKILL of
-    Ray itself under a live driver: the run ends with an error, and the same command resumes.
+    """SIGKILL of a driver that had started Ray itself: the same command resumes at once, beside what is left of that Ray, whose actor may
+    commit what is inside it. SIGKILL of Ray itself under a live driver: the run ends with an error, and the same command resumes.
     """
     job = Job(tmp_path, None, delay_s=0.1, num_actors=1)
     process = job.start()
@@ -103,14 +104,19 @@ def test_a_driver_killed_with_its_own_ray_and_a_ray_killed_under_its_driver_lose
     before = job.num_committed()
     assert 5 <= before < 60
     process = job.start()
+    wait_until(lambda: bool(raylets_of(process)))
+    before = job.num_committed()
     job.wait_for_commits(before + 5, process)
-    raylet = next(child for child in psutil.Process(process.pid).children() if child.name() == "raylet")
-    raylet.kill()
+    raylets_of(process)[0].kill()
     _, stderr = process.communicate(timeout=120)
     assert process.returncode != 0, stderr.decode()[-2000:]
     assert before + 5 <= job.num_committed() < 60
     job.finish("--address", address)
     job.check()
+
+
+def raylets_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return [child for child in psutil.Process(process.pid).children() if child.name() == "raylet"]
 
 
 @pytest.mark.soak
