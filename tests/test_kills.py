@@ -75,7 +75,7 @@ def test_a_job_from_a_bucket_into_a_bucket_survives_a_kill_and_a_bad_store(s3_se
         assert not any(key.encode() in data for key in KEYS.values())
 
 
-@pytest.mark.parametrize(("title", "kills"), [(COMMITTING, 4), (EMBEDDING, 3), (PUBLISHER, 5)])
+@pytest.mark.parametrize(("title", "kills"), [(COMMITTING, 4), (EMBEDDING, 4), (PUBLISHER, 6)])
 def test_workers_killed_in_the_middle_are_replaced_and_the_run_goes_on(address, tmp_path, title, kills):
     """SIGKILL of actors that embed and commit, that only embed, and of publishers, several times in one run, which ends well all the same."""
     job = Job(tmp_path, address, delay_s=0.3, on_gpus=title != COMMITTING)

@@ -34,7 +34,7 @@ def model(*more: Any, turned: bool = False, causal: bool = False) -> ov.Model:
 
 
 def computed(one: ov.Model) -> np.ndarray:
-    compiled = ov.Core().compile_model(one, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino._core().compile_model(one, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return np.array(compiled([QUERY, KEY, VALUE])[0])
 
 

@@ -11,7 +11,6 @@ from engine.commits import Receipt
 from engine.errors import Refused
 from engine.ledger import Ledger
 from engine.pipeline.parcel import Item, pack_receipts, unpack
-from engine.pipeline.worker import EmbedWorker, Work
 
 NICENESS = 10
 """A publisher has time; the models' threads, which wait for each other, have not."""
@@ -70,14 +69,3 @@ class Publisher:
     def __call__(self, block: pa.Table) -> pa.Table:
         """Commit every shard in a block; return their receipts."""
         return pa.concat_tables([self._commits.receipts(items) for items in unpack(block)])
-
-
-class CommittingWorker(EmbedWorker):
-    """An embedding actor that commits its shards itself: where cores compute, a publisher would only take its time from them."""
-
-    def __init__(self, work: Work, ledger: Ledger, fingerprint: str) -> None:
-        super().__init__(work)
-        self._commits = Commits(ledger, fingerprint)
-
-    def _handed_over(self, items: Sequence[Item]) -> pa.Table:
-        return self._commits.receipts(items)

@@ -16,9 +16,9 @@ from engine.pipeline import cluster
 from engine.pipeline.budget import Drain
 from engine.pipeline.datasource import Parcel, ShardDatasource
 from engine.pipeline.parcel import unpack_receipts
-from engine.pipeline.publish import CommittingWorker, Publisher
+from engine.pipeline.publish import Publisher
 from engine.pipeline.resources import LIGHT_CPUS, Resources
-from engine.pipeline.worker import EmbedWorker, Work
+from engine.pipeline.worker import CommittingWorker, EmbedWorker, Work
 
 STALL_S = 4 * 3600
 """Ray's half an hour would end a run whose shards take a slow model longer than that, again and again."""

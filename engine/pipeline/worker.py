@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from engine.commits import Usage
 from engine.errors import EngineError, ProviderError, Refused
 from engine.former_vectors import FormerVectors
+from engine.ledger import Ledger
 from engine.model_config import ModelConfig
 from engine.models import registry
 from engine.models.api.prices import dollars
@@ -29,6 +30,7 @@ from engine.pipeline.answered import Answered
 from engine.pipeline.budget import Shared, join
 from engine.pipeline.parcel import Item, pack, unpack
 from engine.pipeline.part_rows import rejects_of, with_chunks, with_vectors
+from engine.pipeline.publish import Commits
 from engine.quantization import VectorFormat, quantize
 from engine.repeated_ids import num_repeated
 from engine.reuse import ReuseIndex
@@ -234,6 +236,17 @@ class EmbedWorker:
         rows = item.table.column(SOURCE_ROW)
         ids = pc.binary_join_element_wise(item.shard.file.path, rows.cast(pa.string()), "#")
         return item.table.select([*self._work.selection.kept, SOURCE_ROW]).add_column(0, MADE_ID, ids)
+
+
+class CommittingWorker(EmbedWorker):
+    """An embedding actor that commits its shards itself: where cores compute, a publisher would only take its time from them."""
+
+    def __init__(self, work: Work, ledger: Ledger, fingerprint: str) -> None:
+        super().__init__(work)
+        self._commits = Commits(ledger, fingerprint)
+
+    def _handed_over(self, items: Sequence[Item]) -> pa.Table:
+        return self._commits.receipts(items)
 
 
 def _built(work: Work) -> BaseEmbeddingModel:
