@@ -39,6 +39,7 @@ class BareLoop:
         if num_threads := resources.decide(self._config, [node], len(plan.pending)).num_threads:
             _set_threads(num_threads)
         self.model = registry.build(registry.suited(self._config.of_model(), plan.pending_bytes))
+        self.model.remember()
 
     def answers(self) -> Iterator[tuple[Embeddings, float]]:
         """Yield the model's answer to each shard, read as a reader of the engine reads it, and when it was there."""

@@ -1,8 +1,8 @@
 """
 Local models side by side: `SentenceTransformer.encode`, Ray Data's recipe, Daft and the engine, over the same texts.
 
-    python benchmarks/local.py                          about twenty minutes on two cores
-    python benchmarks/local.py --parts rates --rounds 1 --short-rows 2560 --long-rows 320    a look
+    python benchmarks/local.py                          about forty minutes on two cores
+    python benchmarks/local.py --parts rates --rounds 1 --short-rows 20480 --long-rows 1280    a look
     python benchmarks/local.py --parts topology         one actor of all cores, or one for each core
     python benchmarks/local.py --device cuda            on a GPU: bfloat16 and float16 too, larger batches, more rows
 
@@ -15,11 +15,12 @@ rates
     with the batch size that was best on a sample before. The pool is encode's own, a process of one thread for each core. The
     recipe of Ray's documentation runs as it is written there, and tuned (`local_ways.ray_recipe` says how, and how both are
     timed). The bare loop reads the engine's shards and calls the engine's model; it and the engine, which also writes, count
-    from the end of their first shard (`local_ways.end_to_end`). What is not ours is slow, and embeds half of the texts, which
+    from the end of their first shard (`local_ways.end_to_end`). What is not ours is slow, and embeds a quarter of the texts, which
     are of the same mix (`local_texts.dealt`). A few hundred texts tell nothing: with few bytes the engine takes PyTorch.
     Cosines are to encode in float32; padding is its share of the tokens that are computed; idle is the device's time without
     a batch. A way's share of the peak is its FLOPs over its texts' own tokens, without padding, beside the best matrix
-    multiplication that torch does in the same dtype in the same rounds.
+    multiplication that torch does in the same dtype in the same rounds; the engine computes texts that come again once, and
+    only what it computes counts for it there.
 cold
     From nothing to the vectors of 1,000 short texts on disk: `python -m engine run` and a script with `encode`, in turn.
 inline
@@ -54,9 +55,9 @@ if TYPE_CHECKING:
 
 PARTS = ("rates", "cold", "inline", "topology")
 KINDS = {"short": "messages", "long": "conversations"}
-ENCODE_BATCHES = {"cpu": "8,16,32,64", "cuda": "64,256,1024"}
-ROWS = {"cpu": (5120, 640), "cuda": (196_608, 21_504)}
-SHARD_ROWS = {"cpu": "512,64", "cuda": "16384,1792"}
+ENCODE_BATCHES = {"cpu": "8,16,32", "cuda": "64,256,1024"}
+ROWS = {"cpu": (46_080, 5120), "cuda": (196_608, 21_504)}
+SHARD_ROWS = {"cpu": "5120,256", "cuda": "16384,1792"}
 FEW_TEXTS = 1000
 INLINE_TEXTS = (1, 10, 100, 1000)
 ENCODE_SCRIPT = """
@@ -99,7 +100,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Local models side by side.")
     parser.add_argument("--parts", default="rates,cold,inline", help=f"which of {', '.join(PARTS)} (%(default)s)")
     parser.add_argument("--device", choices=sorted(DTYPES), default="cpu", help="(%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of all ways (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds of all ways (%(default)s)")
     parser.add_argument("--short-rows", type=int, help=f"messages; 0: none ({_defaults(ROWS, 0)})")
     parser.add_argument("--long-rows", type=int, help=f"conversations; 0: none ({_defaults(ROWS, 1)})")
     parser.add_argument("--shard-rows", help=f"rows of a shard of messages, of conversations ({_defaults(SHARD_ROWS)})")

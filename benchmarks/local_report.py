@@ -65,12 +65,14 @@ def summary(texts: TextSet, measured: dict[str, list[Row]], peaks: Sequence[dict
 def _summed_up(rounds: list[Row], flops_per_text: float, peak: float | None) -> Row:
     rates = [one["texts_per_s"] for one in rounds]
     median = statistics.median(rates)
+    computed = _median(one.get("computed") for one in rounds)
     return {
         "texts_per_s": rates,
         "median": median,
         "lowest": min(rates),
         "highest": max(rates),
-        "share_of_peak": median * flops_per_text / peak if peak else None,
+        "computed_share": computed,
+        "share_of_peak": median * flops_per_text * (computed or 1) / peak if peak else None,
         "lowest_cosine": min(one["cosine"] for one in rounds),
         "padding_share": _median(one.get("padding") for one in rounds),
         "device_idle_share": _median(one.get("device_idle") for one in rounds),
@@ -131,12 +133,13 @@ def show(results: dict[str, Any]) -> None:
 
 def _ways_table(title: str, one: dict[str, Any]) -> Table:
     about = f"{one['rows']:,} in shards of {one['shard_rows']:,}, {one['tokens_per_text']:.1f} tokens a text; texts/s"
-    columns = ["median", "lowest", "highest", "of peak", "cosine", "padding", "idle", "backend"]
+    columns = ["median", "lowest", "highest", "computed", "of peak", "cosine", "padding", "idle", "backend"]
     table = _table(f"{title} ({about})", "way", *columns)
     for way, row in one["ways"].items():
         table.add_row(
             way,
             *(f"{row[name]:,.1f}" for name in ("median", "lowest", "highest")),
+            _percent(row["computed_share"]),
             _percent(row["share_of_peak"]),
             f"{row['lowest_cosine']:.7f}",
             _percent(row["padding_share"]),

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
-PEERS_SHARE = 0.5
-SAMPLE_SHARE = 0.2
+PEERS_SHARE = 0.25
+SAMPLE_SHARE = 0.1
 CALL_ROWS = {"cpu": {"short": 256, "long": 64}, "cuda": {"short": 4096, "long": 1024}}
 """Of the recipe's `map_batches`: enough for `encode` to sort."""
 MIN_CALLS = 5

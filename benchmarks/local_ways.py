@@ -144,6 +144,7 @@ def loop(texts: Row, output: str, dtype: str, device: str, shard_rows: int) -> R
         np.concatenate([answer.vectors for answer in answers]),
         rate,
         padding=1 - sum(one.num_tokens for one in answers) / max(sum(one.num_padded_tokens for one in answers), 1),
+        computed=_computed(texts, sum(one.num_tokens for one in answers)),
         device_idle=1 - sum(one.busy_s for one in answers) / sum(one.held_s for one in answers),
         backend=getattr(own.model, "backend", ""),
     )
@@ -167,6 +168,7 @@ def end_to_end(
         _written(f"{output}/data"),
         _own_steady_state(output, result.num_actors),
         padding=result.padding_share,
+        computed=_computed(texts, result.num_tokens),
         device_idle=result.device_idle_share,
         backend=result.backend,
         said_rows_per_s=result.rows_per_s,
@@ -228,6 +230,11 @@ def _num_cores() -> int:
 
 def _result(texts: Row, vectors: Vectors, texts_per_s: float, **more: Any) -> Row:
     return {"texts_per_s": texts_per_s, "cosine": lowest_cosine(vectors, texts), **more}
+
+
+def _computed(texts: Row, num_tokens: int) -> float:
+    """Return which share of the texts' tokens went through the model: not those of texts that came before."""
+    return num_tokens / int(np.load(texts["lengths"])[: texts["rows"]].sum())
 
 
 def _written(folder: str) -> Vectors:

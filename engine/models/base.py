@@ -80,6 +80,9 @@ class BaseEmbeddingModel(ABC):
     def share(self, budget: BudgetPort) -> None:  # noqa: B027 - of those that ask a provider
         """Go by a budget that is shared with others; to be called before the first text is embedded."""
 
+    def remember(self) -> None:  # noqa: B027 - of those that may
+        """Keep the vectors of the latest texts for when these come again; to be called by whoever embeds shard after shard."""
+
     async def close(self) -> None:
         """Release what the model holds; it is not used afterwards."""
         return

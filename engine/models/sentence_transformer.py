@@ -14,7 +14,9 @@ from engine.errors import ConfigError, InputRejected
 from engine.model_config import LongTexts, ModelConfig
 from engine.models import model_files
 from engine.models.base import BaseEmbeddingModel, usable
+from engine.models.duplicates import Distinct
 from engine.models.embeddings import ONE_VECTOR, Embeddings
+from engine.models.recent import Recent
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -61,6 +63,7 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
         }
     )  # fmt: skip
     shards_at_once = SHARDS_AT_ONCE
+    _recent: Recent | None = None
 
     def __init__(
         self,
@@ -176,6 +179,17 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
         for position, reason in sorted(answer.rejects.items()):
             raise InputRejected(f"text {position} cannot be embedded: {reason}")
         return answer.vectors
+
+    def remember(self) -> None:
+        """Keep the vectors of the latest texts: the same text has the same vector, but for rounding, in whatever batch."""
+        self._recent = Recent()
+
+    async def embed_rows(self, texts: Sequence[str]) -> Embeddings:
+        """Embed and check texts as every model does; of those that it remembers only the vectors are looked up."""
+        if self._recent is None:
+            return await super().embed_rows(texts)
+        distinct = Distinct.of(texts)
+        return distinct.spread(await self._recent.embedded(distinct.texts, self.embed_distinct))
 
     async def embed_distinct(self, texts: Sequence[str]) -> Embeddings:
         """Embed and check texts as every model does, and what is too long as was asked for."""

@@ -90,6 +90,7 @@ class EmbedWorker:
         self._failure: EngineError | None = None
         try:
             self._model = _built(work)
+            self._model.remember()
             if work.budget is not None:
                 join(self._model, work.budget)
             self._gate = asyncio.Semaphore(self._model.shards_at_once)
