@@ -21,10 +21,15 @@ Numbers = npt.NDArray[np.uint64]
 """Hashes as two numbers each, the first and the last eight bytes: shape (texts, 2)."""
 
 
+def digests(texts: Sequence[str]) -> list[bytes]:
+    """Return the hash of each text as its 16 bytes."""
+    digest = xxhash.xxh3_128_digest
+    return [digest(text.encode()) for text in texts]
+
+
 def text_hashes(texts: Sequence[str]) -> pa.BinaryArray:
     """Return the hash of each text, as the column of a part has it."""
-    digest = xxhash.xxh3_128_digest
-    data = b"".join([digest(text.encode()) for text in texts])
+    data = b"".join(digests(texts))
     offsets = np.arange(len(texts) + 1, dtype=np.int32) * NUM_BYTES
     return pa.Array.from_buffers(pa.binary(), len(texts), [None, pa.py_buffer(offsets), pa.py_buffer(data)])
 

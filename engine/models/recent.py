@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import xxhash
 
 from engine.models.embeddings import Embeddings
+from engine.text_hashes import digests
 
 if TYPE_CHECKING:
     from engine.models.embeddings import Ints, Vectors
@@ -79,7 +79,7 @@ class Recent:
             texts: Of which no two are the same.
             embed: Embeds and checks; what it rejects is not kept, nor are vectors of chunks.
         """
-        keys = [xxhash.xxh3_128_digest(text.encode()) for text in texts]
+        keys = digests(texts)
         known = self._find(keys)
         new = np.delete(np.arange(len(texts)), known.at)
         if len(new) or not len(texts):

@@ -14,7 +14,6 @@ from engine.errors import ConfigError, InputRejected
 from engine.model_config import LongTexts, ModelConfig
 from engine.models import model_files
 from engine.models.base import BaseEmbeddingModel, usable
-from engine.models.duplicates import Distinct
 from engine.models.embeddings import ONE_VECTOR, Embeddings
 from engine.models.recent import Recent
 
@@ -184,15 +183,14 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
         """Keep the vectors of the latest texts: the same text has the same vector, but for rounding, in whatever batch."""
         self._recent = Recent()
 
-    async def embed_rows(self, texts: Sequence[str]) -> Embeddings:
+    async def embed_distinct(self, texts: Sequence[str]) -> Embeddings:
         """Embed and check texts as every model does; of those that it remembers only the vectors are looked up."""
         if self._recent is None:
-            return await super().embed_rows(texts)
-        distinct = Distinct.of(texts)
-        return distinct.spread(await self._recent.embedded(distinct.texts, self.embed_distinct))
+            return await self._embed_fitted(texts)
+        return await self._recent.embedded(texts, self._embed_fitted)
 
-    async def embed_distinct(self, texts: Sequence[str]) -> Embeddings:
-        """Embed and check texts as every model does, and what is too long as was asked for."""
+    async def _embed_fitted(self, texts: Sequence[str]) -> Embeddings:
+        """Embed texts, and what is too long as was asked for."""
         if self._fitter is None:
             return await self._embed_pieces(texts)
         fitted = await asyncio.to_thread(self._fitter, texts)
