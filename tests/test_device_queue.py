@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ import torch
 
 from engine.models.backends.base import Batch
 from engine.models.device_queue import READY_BATCHES, DeviceQueue
-from tests.scripted import Scripted, batch_of, wait
+from engine.models.encoders import PackedEncoder
+from engine.models.token_budget import TokenBudget
+from tests.scripted import Lengths, Scripted, batch_of, wait
 
 
 def numbers(batches: Iterable[Batch]) -> list[int]:
@@ -229,6 +232,22 @@ def test_time_in_which_no_caller_came_is_held_and_not_busy():
     _, spent = queue.run(many(0, 2))
     assert spent.held_s >= 0.05
     assert spent.busy_s < spent.held_s / 2
+
+
+def test_a_batch_on_the_cores_of_several_streams_keeps_each_of_them_busy():
+    """So that a device whose cores all work is not called half idle."""
+    queue = DeviceQueue(Scripted(lambda _: time.sleep(0.02), num_streams=2))
+    _, spent = queue.run([replace(batch_of(5), num_shares=2)])
+    assert 0.02 <= spent.busy_s <= spent.held_s
+
+
+@pytest.mark.parametrize(("has_shared_batches", "num_shares"), [(True, 4), (False, 1)])
+def test_a_lone_batch_gets_the_cores_of_all_streams_where_they_can_share_it(has_shared_batches, num_shares):
+    """PyTorch's can on CPUs; a stream of OpenVINO is one core, and the others are idle then, as the books say."""
+    backend = Scripted(num_streams=4)
+    backend.has_shared_batches = has_shared_batches
+    PackedEncoder(Lengths(), backend, TokenBudget("cpu", 512))(["5", "3"])
+    assert [batch.num_shares for batch in backend.began] == [num_shares]
 
 
 def test_no_batches_are_no_time_on_the_device():

@@ -87,7 +87,8 @@ class DeviceQueue:
                 futures.append(self._streams.submit(self._compute, batch, alone))
         done = [future.result() for future in futures]
         held_s = self._clock.held_s(began)
-        return done, DeviceTime(held_s, sum(one.seconds for one in done) / self.backend.num_streams)
+        busy_s = sum(one.seconds * one.batch.num_shares for one in done) / self.backend.num_streams
+        return done, DeviceTime(held_s, busy_s)
 
     def close(self) -> None:
         """End the threads; what runs is finished."""

@@ -41,9 +41,10 @@ class Distinct:
         has_vector[list(answer.rejects)] = False
         rank = np.cumsum(has_vector) - 1  # of a distinct text among those that have vectors
         numbers = np.asarray(self.numbers, np.int64)
-        answer.lost = {at: answer.lost[number] for at, number in enumerate(self.numbers) if number in answer.lost}
         if answer.lost:
-            answer.num_long, answer.num_lost_tokens = len(answer.lost), sum(answer.lost.values())
+            answer.count_lost(
+                {at: answer.lost[number] for at, number in enumerate(self.numbers) if number in answer.lost}
+            )
         kept = rank[numbers[has_vector[numbers]]]
         answer.rejects = {
             at: answer.rejects[number] for at, number in enumerate(self.numbers) if number in answer.rejects

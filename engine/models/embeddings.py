@@ -85,3 +85,7 @@ class Embeddings:
     """Of each long text how many of its tokens are not in its vector, where that is known text by text: both counts above in detail."""
     chunks: Chunks | None = None
     """Of a model that gives each chunk of a text a vector of its own."""
+
+    def count_lost(self, lost: dict[int, int]) -> None:
+        """Take down how many tokens of each long text are not in its vector, and both counts of them."""
+        self.lost, self.num_long, self.num_lost_tokens = lost, len(lost), sum(lost.values())

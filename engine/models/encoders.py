@@ -37,11 +37,6 @@ class Encoded(Embeddings):
     failed: dict[int, Exception] = field(default_factory=dict)
     """Positions among the texts, and why."""
 
-    def count_lost(self, tokens: Tokens) -> None:
-        """Tell what of the texts was cut off."""
-        self.lost = {at: int(tokens.lost[at]) for at in np.flatnonzero(tokens.lost).tolist()}
-        self.num_long, self.num_lost_tokens = len(self.lost), sum(self.lost.values())
-
 
 class Encoder(ABC):
     """Turns texts into vectors; may be called from several threads at once."""
@@ -93,7 +88,7 @@ class PackedEncoder(Encoder):
         """Encode texts; only their tokens and their vectors are held as a whole."""
         tokens = self.tokenizer(texts) if tokens is None else tokens
         encoded = Encoded(np.empty((len(texts), 0), np.float32))
-        encoded.count_lost(tokens)
+        encoded.count_lost(tokens.lost_of_long())
         giants: list[Positions] = []
         with self.budget.trial(int(tokens.starts[-1])) as budgets:
             todo = self._packed(tokens, np.arange(len(texts)), budgets)
@@ -121,7 +116,8 @@ class PackedEncoder(Encoder):
         return [(budget, positions[batch]) for budget, batch in packed]
 
     def _filled(self, tokens: Tokens, packed: Sequence[tuple[int, Positions]]) -> Iterator[Batch]:
-        num_shares = max(self._queue.backend.num_streams // max(len(packed), 1), 1)
+        backend = self._queue.backend
+        num_shares = max(backend.num_streams // max(len(packed), 1), 1) if backend.has_shared_batches else 1
         for budget, positions in packed:
             ids, mask = tokens.padded(positions, pad_id=self.tokenizer.pad_id, pad_left=self.tokenizer.pad_left)
             yield Batch(positions, ids, mask, budget, num_shares)
@@ -221,7 +217,7 @@ class OwnEncoder(Encoder):
                 held_s=self._clock.held_s(began),
             )
         if tokens is not None:
-            encoded.count_lost(tokens)
+            encoded.count_lost(tokens.lost_of_long())
         return encoded
 
     def _count_tokens(self, _module: Any, inputs: tuple[Any, ...]) -> None:

@@ -139,12 +139,11 @@ def _joined(known: _Known, new: Ints, answer: Embeddings) -> Embeddings:
     is_long = known.lost != SHORT
     lost |= dict(zip(known.at[is_long].tolist(), known.lost[is_long].tolist(), strict=True))
     order = np.argsort(np.concatenate([known.at, np.delete(new, sorted(answer.rejects))]))
-    return replace(
+    joined = replace(
         answer,
         vectors=np.concatenate([known.vectors, answer.vectors.reshape(-1, known.vectors.shape[1])])[order],
         rejects=rejects,
-        lost=lost,
-        num_long=len(lost),
-        num_lost_tokens=sum(lost.values()),
         num_duplicates=answer.num_duplicates + len(known.at),
     )
+    joined.count_lost(lost)
+    return joined

@@ -46,6 +46,11 @@ class Tokens:
     lost: Ints
     """Shape (texts,): tokens of each text that were cut off."""
 
+    def lost_of_long(self) -> dict[int, int]:
+        """Return how many tokens were cut off of each text that is longer than the model takes."""
+        long = np.flatnonzero(self.lost)
+        return dict(zip(long.tolist(), self.lost[long].tolist(), strict=True))
+
     @classmethod
     def of(cls, lists: Sequence[Sequence[int]], lost: Ints | None = None) -> Tokens:
         """Join a list of ids for each text."""

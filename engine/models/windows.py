@@ -81,11 +81,11 @@ class Fitted:
         lost = dict.fromkeys(self.long, 0)
         for at, num_tokens in answer.lost.items():  # of a window that is too long and cannot be cut
             lost[int(self.numbers[at])] = lost.get(int(self.numbers[at]), 0) + num_tokens
-        found = replace(answer, rejects=rejects, lost=lost, num_long=len(lost), num_lost_tokens=sum(lost.values()))
-        if not pooled:
-            return replace(found, vectors=vectors, chunks=chunks)
-        weights = np.maximum(self.tokens.lengths[kept] - self.num_around, 1)
-        return replace(found, vectors=_means(vectors, chunks, weights))
+        if pooled:
+            vectors = _means(vectors, chunks, np.maximum(self.tokens.lengths[kept] - self.num_around, 1))
+        joined = replace(answer, rejects=rejects, vectors=vectors, chunks=None if pooled else chunks)
+        joined.count_lost(lost)
+        return joined
 
 
 def _means(vectors: Vectors, chunks: Chunks, weights: Ints) -> Vectors:

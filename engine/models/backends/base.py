@@ -48,6 +48,8 @@ class Backend(ABC):
     name: str
     device: str
     num_streams: int = 1
+    has_shared_batches: bool = False
+    """A batch may be computed by the cores of several streams, if there are fewer batches than streams."""
 
     @abstractmethod
     def __call__(self, batch: Batch) -> Vectors:

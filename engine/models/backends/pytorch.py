@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 CUDA_STREAMS = 2
 """While one waits for its copies and its launches, the kernels of the other keep the device busy."""
+_THREADS = threading.Lock()
+"""Held while the number of threads is set: torch has one for threads to come, which is each stream's own for a moment."""
 
 
 class PyTorchBackend(Backend):
@@ -42,6 +44,7 @@ class PyTorchBackend(Backend):
         self._own = threading.local()
         if self._is_cpu:
             self.num_streams = num_cores()
+            self.has_shared_batches = True
         elif self._is_cuda:
             self.num_streams = CUDA_STREAMS
             torch.backends.cuda.matmul.allow_tf32 = False
@@ -68,11 +71,12 @@ class PyTorchBackend(Backend):
         """Have the calling thread compute with so many threads; torch sets the number for all new threads with it."""
         if getattr(self._own, "num_threads", None) != number:
             self._own.num_threads = number
-            torch.get_num_threads()  # has torch give a new thread its number now, and not after ours
-            torch.set_num_threads(number)
-            others = threading.Thread(target=torch.set_num_threads, args=(self._num_threads,))
-            others.start()
-            others.join()
+            with _THREADS:
+                torch.get_num_threads()  # has torch give a new thread its number now, and not after ours
+                torch.set_num_threads(number)
+                others = threading.Thread(target=torch.set_num_threads, args=(self._num_threads,))
+                others.start()
+                others.join()
 
     def _forward(self, features: dict[str, Any]) -> torch.Tensor:
         vectors: torch.Tensor = self._model(features)["sentence_embedding"]
