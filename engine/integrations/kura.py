@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -65,6 +66,7 @@ class EngineEmbeddingModel(BaseEmbeddingModel):  # type: ignore[misc] # Kura has
         self.model = model
         self._slots = asyncio.Semaphore(max(1, model.shards_at_once))
         self._thread = LoopThread("engine-kura")
+        weakref.finalize(self, self._thread.stop)  # Kura closes no model
 
     def slug(self) -> str:
         """Return the name of what decides the vectors."""

@@ -115,11 +115,6 @@ class CohereEmbeddingModel(ApiEmbeddingModel):
             raise Malformed("not an embeddings answer")
         raise refusal(status, headers, orjson.dumps(body, default=str), texts, [self._key or ""])
 
-    async def disconnect(self) -> None:
-        """Close the client."""
-        if self._client is not None:
-            await self._client._client_wrapper.httpx_client.httpx_client.aclose()  # noqa: SLF001 - it has no public way
-
     def _connected(self) -> cohere.AsyncClientV2:
         """Return the one client, which is made on the loop that uses it."""
         if self._client is None:
@@ -128,4 +123,5 @@ class CohereEmbeddingModel(ApiEmbeddingModel):
             self._client = cohere.AsyncClientV2(
                 self._key, base_url=self._base_url, timeout=self.request_timeout_s, max_retries=0
             )
+            self.at_end(self._client._client_wrapper.httpx_client.httpx_client.aclose)  # noqa: SLF001 - it has no public way
         return self._client

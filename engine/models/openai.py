@@ -139,11 +139,6 @@ class OpenAIEmbeddingModel(ApiEmbeddingModel):
             return await self.request(texts)
         raise refusal(refused.status_code, refused.headers, refused.content, texts, [self._key])
 
-    async def disconnect(self) -> None:
-        """Close the client."""
-        if self._client is not None:
-            await self._client.close()
-
     @property
     def _is_own(self) -> bool:
         return not self._api_version and _is_own(self._base_url)
@@ -172,6 +167,7 @@ class OpenAIEmbeddingModel(ApiEmbeddingModel):
                 )
             else:
                 self._client = openai.AsyncOpenAI(base_url=self._base_url, **common)
+            self.at_end(self._client.close)
         return self._client
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -90,6 +91,7 @@ class ApiEmbeddingModel(BaseEmbeddingModel):
         self._budget: BudgetPort = Budget(Limits(requests_per_minute, tokens_per_minute))
         self._dispatcher: Dispatcher | None = None
         self._thread = LoopThread("api-loop")
+        weakref.finalize(self, self._thread.stop)  # Kura closes no model, nor does `engine.embed` its own
 
     @abstractmethod
     async def request(self, texts: Sequence[str]) -> Reply:
@@ -104,9 +106,9 @@ class ApiEmbeddingModel(BaseEmbeddingModel):
             BadAnswer: If the answer is not one vector for each text.
         """
 
-    async def disconnect(self) -> None:
-        """Close the provider's client."""
-        return
+    def at_end(self, close: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        """Have the provider's client closed when the model is, or else when it is let go of, or the process ends."""
+        self._thread.at_end(close)
 
     @classmethod
     def check_options(cls, config: ModelConfig) -> None:
@@ -187,8 +189,10 @@ class ApiEmbeddingModel(BaseEmbeddingModel):
 
     async def close(self) -> None:
         """Close the client, and end the loop."""
-        await self._thread.run(self._closed())
-        self._thread.stop()
+        dispatcher, self._dispatcher = self._dispatcher, None
+        if dispatcher is not None:
+            await self._thread.run(dispatcher.close())
+        await self._thread.ended()
 
     async def _embedded(self, texts: Sequence[str]) -> Embeddings:
         numbers, pieces = await asyncio.to_thread(self.terms.prepared, texts, self._prompt, self._long_texts)
@@ -233,11 +237,6 @@ class ApiEmbeddingModel(BaseEmbeddingModel):
             # That was asked for, if any was: a server that gives another is not to be believed.
             self._dispatcher.dimension = self._dimension
         return self._dispatcher
-
-    async def _closed(self) -> None:
-        if self._dispatcher is not None:
-            await self._dispatcher.close()
-        await self.disconnect()
 
 
 def key_from(file: str | None, environment: str | None) -> str | None:
