@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 PARTS = ("rates", "cold", "inline", "topology")
 KINDS = {"short": "messages", "long": "conversations"}
-ENCODE_BATCHES = {"cpu": "8,16,32", "cuda": "64,256,1024"}
+ENCODE_BATCHES = {"cpu": "8,16,32,64", "cuda": "64,256,1024"}
 ROWS = {"cpu": (46_080, 5120), "cuda": (196_608, 21_504)}
 SHARD_ROWS = {"cpu": "5120,256", "cuda": "16384,1792"}
 FEW_TEXTS = 1000
