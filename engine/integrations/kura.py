@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -66,7 +65,6 @@ class EngineEmbeddingModel(BaseEmbeddingModel):  # type: ignore[misc] # Kura has
         self.model = model
         self._slots = asyncio.Semaphore(max(1, model.shards_at_once))
         self._thread = LoopThread("engine-kura")
-        weakref.finalize(self, self._thread.stop)  # Kura closes no model
 
     def slug(self) -> str:
         """Return the name of what decides the vectors."""
@@ -92,7 +90,7 @@ class EngineEmbeddingModel(BaseEmbeddingModel):  # type: ignore[misc] # Kura has
     async def close(self) -> None:
         """Release the model and its threads; it is not used afterwards."""
         await self._thread.run(self.model.close())
-        self._thread.stop()
+        await self._thread.ended()
 
     async def _embedded(self, texts: Sequence[str]) -> list[list[float]]:
         numbers = await _numbered(texts)

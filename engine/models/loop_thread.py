@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+import weakref
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 CLOSE_S = 2.0
 """For what is closed at the end, if somebody waits for it."""
 
+Closing = Callable[[], Coroutine[Any, Any, object]]
 _T = TypeVar("_T")
 
 
@@ -19,16 +21,18 @@ class LoopThread:
     """
     One event loop that runs in a thread of its own, which does not keep the process alive.
 
+    It ends when nobody holds it any more, or the process ends, if nobody has ended it before: Kura closes no model, nor does `engine.embed`.
+
     Args:
         name: Of the thread.
     """
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
-        self._closing: list[Callable[[], Coroutine[Any, Any, object]]] = []
-        self._is_ended = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._closing: list[Closing] = []
+        thread = threading.Thread(target=_run, args=(self._loop,), name=name, daemon=True)  # which does not hold `self`
+        thread.start()
+        self._end = weakref.finalize(self, _end, self._loop, thread, self._closing)
 
     def submit(self, coroutine: Coroutine[Any, Any, _T]) -> Future[_T]:
         """Run a coroutine there."""
@@ -38,35 +42,43 @@ class LoopThread:
         """Run a coroutine there, and wait for it here, on whatever loop this is."""
         return await asyncio.wrap_future(self.submit(coroutine))
 
-    def at_end(self, close: Callable[[], Coroutine[Any, Any, object]]) -> None:
-        """Have something closed there before the loop ends."""
+    def at_end(self, close: Closing) -> None:
+        """Have something closed there before the loop ends; it must not hold what holds this thread."""
         self._closing.append(close)
 
     async def ended(self) -> None:
         """Close what is to be closed, and end the loop and its thread; a second time it does nothing."""
-        if (closed := self._ending()) is not None:
+        if (end := self._end.detach()) and (closed := _ending(*end[2])):
             await asyncio.wrap_future(closed)
 
     def stop(self) -> None:
         """Do the same from outside of a loop."""
-        closed = self._ending()
-        if closed is not None and threading.current_thread() is not self._thread:
-            with suppress(TimeoutError):
-                closed.result(CLOSE_S)
+        self._end()
 
-    def _run(self) -> None:
-        self._loop.run_forever()
-        self._loop.close()
 
-    def _ending(self) -> Future[None] | None:
-        if self._is_ended or not self._thread.is_alive():  # a forked process has no such thread
-            return None
-        self._is_ended = True
-        closed = self.submit(self._closed())
-        closed.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._loop.stop))
-        return closed
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
 
-    async def _closed(self) -> None:
-        await asyncio.gather(*(close() for close in self._closing), return_exceptions=True)
-        with suppress(RuntimeError):  # a process that ends may start no thread any more, which this would do
-            await self._loop.shutdown_default_executor()
+
+def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, closing: Sequence[Closing]) -> None:
+    closed = _ending(loop, thread, closing)
+    if closed is not None and threading.current_thread() is not thread:
+        with suppress(TimeoutError):
+            closed.result(CLOSE_S)
+
+
+def _ending(
+    loop: asyncio.AbstractEventLoop, thread: threading.Thread, closing: Sequence[Closing]
+) -> Future[None] | None:
+    if not thread.is_alive():  # a forked process has no such thread
+        return None
+    closed = asyncio.run_coroutine_threadsafe(_closed(loop, closing), loop)
+    closed.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
+    return closed
+
+
+async def _closed(loop: asyncio.AbstractEventLoop, closing: Sequence[Closing]) -> None:
+    await asyncio.gather(*(close() for close in closing), return_exceptions=True)
+    with suppress(RuntimeError):  # a process that ends may start no thread any more, which this would do
+        await loop.shutdown_default_executor()

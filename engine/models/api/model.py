@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,7 +21,7 @@ from engine.models.api.manners import Manners
 from engine.models.api.orders import Order
 from engine.models.api.terms import Terms
 from engine.models.base import PROBE, BaseEmbeddingModel, Embeddings, Needs
-from engine.models.loop_thread import LoopThread
+from engine.models.loop_thread import Closing, LoopThread
 from engine.sources.texts import reject_reason
 
 DEFAULT_CONCURRENT_REQUESTS = 8
@@ -91,7 +90,6 @@ class ApiEmbeddingModel(BaseEmbeddingModel):
         self._budget: BudgetPort = Budget(Limits(requests_per_minute, tokens_per_minute))
         self._dispatcher: Dispatcher | None = None
         self._thread = LoopThread("api-loop")
-        weakref.finalize(self, self._thread.stop)  # Kura closes no model, nor does `engine.embed` its own
 
     @abstractmethod
     async def request(self, texts: Sequence[str]) -> Reply:
@@ -106,7 +104,7 @@ class ApiEmbeddingModel(BaseEmbeddingModel):
             BadAnswer: If the answer is not one vector for each text.
         """
 
-    def at_end(self, close: Callable[[], Coroutine[Any, Any, object]]) -> None:
+    def at_end(self, close: Closing) -> None:
         """Have the provider's client closed when the model is, or else when it is let go of, or the process ends."""
         self._thread.at_end(close)
 
