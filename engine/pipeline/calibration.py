@@ -139,7 +139,7 @@ class Calibrator(EmbedWorker):
 
     def close(self) -> None:
         """Close the model."""
-        self.__del__()
+        self._thread.stop()
 
     def _texts(self, sample: Sequence[tuple[Shard, Sequence[int]]]) -> list[str]:
         """Return the texts of the sample that can be embedded."""

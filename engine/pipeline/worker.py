@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,8 +42,6 @@ from engine.text_hashes import numbers_of, text_hashes
 logger = logging.getLogger(__name__)
 
 MADE_ID = "id"
-CLOSE_S = 2.0
-"""For which an actor that ends waits for its model: what it has to close is connections and threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +87,9 @@ class EmbedWorker:
         self._failure: EngineError | None = None
         try:
             self._model = _built(work)
+            self._thread.at_end(
+                self._model.close
+            )  # Ray Data lets go of the worker as its actor ends (not if it is killed)
             self._model.remember()
             if work.budget is not None:
                 join(self._model, work.budget)
@@ -113,12 +113,6 @@ class EmbedWorker:
     def _handed_over(self, items: Sequence[Item]) -> pa.Table:
         """Return what leaves the actor for a parcel: here all of it, for a publisher."""
         return pack(items)
-
-    def __del__(self) -> None:
-        """Close the model: Ray Data lets go of the worker as its actor ends (not if it is killed)."""
-        with suppress(Exception):  # there may be no model, or no loop any more
-            self._thread.submit(self._model.close()).result(CLOSE_S)
-            self._thread.stop()
 
     def _embed(self, items: Sequence[Item]) -> list[Item]:
         """Embed the texts of all items together, so that batches fill up however small the shards are."""
