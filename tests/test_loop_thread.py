@@ -52,7 +52,10 @@ def test_what_is_to_be_closed_is_closed_once_on_the_loop_before_it_ends(end):
     async def fail() -> None:
         raise OSError("gone already")
 
-    for one in (fail, close):
+    def refuse() -> None:
+        raise TypeError("no coroutine either")
+
+    for one in (fail, refuse, close):
         thread.at_end(one)
     end(thread)
     end(thread)

@@ -79,6 +79,8 @@ def _ending(
 
 
 async def _closed(loop: asyncio.AbstractEventLoop, closing: Sequence[Closing]) -> None:
-    await asyncio.gather(*(close() for close in closing), return_exceptions=True)
+    for close in closing:
+        with suppress(Exception):  # a model may be anybody's, and its `close` no coroutine
+            await close()
     with suppress(RuntimeError):  # a process that ends may start no thread any more, which this would do
         await loop.shutdown_default_executor()

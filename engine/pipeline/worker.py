@@ -87,9 +87,8 @@ class EmbedWorker:
         self._failure: EngineError | None = None
         try:
             self._model = _built(work)
-            self._thread.at_end(
-                self._model.close
-            )  # Ray Data lets go of the worker as its actor ends (not if it is killed)
+            # Ray Data lets go of the worker, and the worker of its thread, as its actor ends (not if it is killed).
+            self._thread.at_end(self._model.close)
             self._model.remember()
             if work.budget is not None:
                 join(self._model, work.budget)
