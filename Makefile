@@ -38,6 +38,7 @@ check: $(INSTALLED) ## lint, format, types and the floors of the house; runs no 
 	@$(BIN)/lint-imports
 
 bench: $(INSTALLED) ## measure local models beside others, and the cost of the engine, of a plan and of a resume
+	@$(PIP) --no-deps --requirement benchmarks/peers.txt
 	@$(OFFLINE) $(BIN)/python benchmarks/local.py
 	@$(OFFLINE) $(BIN)/python benchmarks/overhead.py
 	@$(OFFLINE) $(BIN)/python benchmarks/resume.py

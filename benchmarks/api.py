@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -48,6 +47,7 @@ RPM, TPM, PLENTY = 300, 600_000, 10**9
 SKEWED = (0.7, 0.1, 0.1, 0.1)
 ROUNDS_OF_TEXTS = {"requests": (100, 10), "tokens": (500, 40)}
 """Texts a request, and words a text."""
+PEERS = {"kura": "tests/kura.txt", "daft": "benchmarks/peers.txt"}
 ENGINE = "import json, sys, engine; engine.run(progress=False, **json.loads(sys.argv[1]))"
 progress = Console(stderr=True, highlight=False)
 
@@ -184,7 +184,6 @@ def _peers(case: Case, way: str, server: Server, args: argparse.Namespace, num_t
     batch, words = ROUNDS_OF_TEXTS[case.bound]
     limit = RPM if case.bound == "requests" else TPM
     first, processes = 0, []
-    path = f"{ROOT}{os.pathsep}{args.kura}" if way == "kura" else str(ROOT)
     shares = case.shares()
     for worker, share in enumerate(shares, 1):
         size = num_texts - first if worker == len(shares) else int(num_texts * share / batch) * batch
@@ -200,7 +199,7 @@ def _peers(case: Case, way: str, server: Server, args: argparse.Namespace, num_t
         processes.append(
             subprocess.Popen(
                 command,
-                env=environment() | KEY | {"PYTHONPATH": path},
+                env=environment() | KEY,
                 cwd=ROOT,
                 stdout=subprocess.DEVNULL,
                 stderr=None if args.verbose else subprocess.DEVNULL,
@@ -215,12 +214,11 @@ def _peers(case: Case, way: str, server: Server, args: argparse.Namespace, num_t
 def limits(args: argparse.Namespace) -> list[Outcome]:
     """Measure all ways in all cases that were asked for."""
     ways = ["engine, limits given", "engine, limits learned", "gather", "static"]
-    if args.kura:
-        ways.append("kura")
-    else:
-        progress.print("kura: not installed (--kura)")
-    if find_spec("daft") is None:
-        progress.print("daft: not installed")
+    for peer, requirements in PEERS.items():
+        if find_spec(peer) is None:
+            progress.print(f"{peer}: not installed (pip install --no-deps -r {requirements})")
+        else:
+            ways.append(peer)
     outcomes = []
     for case in CASES:
         for way in ways if case.name in args.cases or not args.cases else ():
@@ -294,11 +292,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="How well a provider's limits are used, and what the client costs.")
     parser.add_argument("--parts", default="limits,unlimited,memory", help="(%(default)s)")
     parser.add_argument("--cases", default="", help="such as tokens-4-skewed,requests-1-even (all)")
-    parser.add_argument("--ways", default="", help="engine, gather, static, kura (all)")
+    parser.add_argument("--ways", default="", help="engine, gather, static, kura, daft (all)")
     parser.add_argument(
         "--seconds", type=float, default=60, help="that each way's work takes at the limit (%(default)s)"
     )
-    parser.add_argument("--kura", help="a site-packages folder with kura 0.5.4 and tenacity (left out)")
     parser.add_argument("--rounds", type=int, default=3, help="of the unlimited clients (%(default)s)")
     parser.add_argument("--texts", type=int, default=204_800, help="of a round of an unlimited client (%(default)s)")
     parser.add_argument("--verbose", action="store_true", help="show what peers say on stderr")

@@ -69,6 +69,20 @@ async def kura(args: argparse.Namespace) -> None:
     await model.embed([text for texts in requests_of(args) for text in texts])
 
 
+async def daft(args: argparse.Namespace) -> None:
+    """Have Daft's `embed_text` ask, one request for as many texts as the others put into theirs."""
+    await asyncio.to_thread(_daft, args)  # it has a loop of its own
+
+
+def _daft(args: argparse.Namespace) -> None:
+    from daft import col, from_pydict, set_provider
+    from daft.functions import embed_text
+
+    set_provider("openai", base_url=args.url, max_retries=RETRIES)
+    texts = from_pydict({"text": [text for texts in requests_of(args) for text in texts]})
+    texts.with_column("embedding", embed_text(col("text"), model=MODEL, batch_size=args.batch)).collect()
+
+
 async def client_ours(args: argparse.Namespace) -> dict[str, float]:
     """Embed orders of 2,048 texts, eight requests at a time; the texts are made before the clock starts."""
     model = OpenAIEmbeddingModel(MODEL, n_concurrent_jobs=8, base_url=args.url)
@@ -148,6 +162,7 @@ WAYS = {
     "gather": gathered,
     "static": static_split,
     "kura": kura,
+    "daft": daft,
     "ours": client_ours,
     "sdk": client_sdk,
     "float": client_float,

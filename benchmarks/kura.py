@@ -1,7 +1,7 @@
 """
 Kura's own embedding classes beside the engine's, as Kura calls them: all texts in one `embed`, lists of floats back.
 
-    python benchmarks/kura.py --site-packages FOLDER                       Kura 0.5.4 and what it needs are in FOLDER
+    python benchmarks/kura.py                           Kura 0.5.4 is there where `make` installed (tests/kura.txt)
     python benchmarks/kura.py --parts api --texts 50000
 
 Each way runs in a fresh process, one after the other, in turns. The API is the strict server of tests/ on loopback, without limits, which gives
@@ -38,10 +38,8 @@ WAYS = {
 progress = Console(stderr=True, highlight=False)
 
 
-def one_way(part: str, way: str, texts: int, url: str, site_packages: str) -> dict[str, float]:
+def one_way(part: str, way: str, texts: int, url: str) -> dict[str, float]:
     """Be the fresh process: embed so many texts in one call, with a heart that beats beside it."""
-    if site_packages:
-        sys.path.append(site_packages)
     os.environ |= {"OPENAI_API_KEY": "sk-benchmark", "OPENAI_BASE_URL": url}
     from benchmarks.corpus import sample
 
@@ -90,14 +88,7 @@ def measured(part: str, args: argparse.Namespace) -> dict[str, list[dict[str, fl
         for _ in range(args.rounds):
             for way, rounds in found.items():
                 url = server.url if server else ""
-                done = fresh(
-                    "benchmarks.kura:one_way",
-                    part=part,
-                    way=way,
-                    texts=texts,
-                    url=url,
-                    site_packages=args.site_packages,
-                )
+                done = fresh("benchmarks.kura:one_way", part=part, way=way, texts=texts, url=url)
                 rounds.append(done.result | {"peak_mib": done.peak_mib, "texts": texts})
                 progress.print(part, way, rounds[-1])
     return found
@@ -126,9 +117,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--texts", type=int, default=50_000, help="for the API (%(default)s)")
     parser.add_argument("--local-texts", type=int, default=20_000, help="for the local model (%(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="(%(default)s)")
-    parser.add_argument(
-        "--site-packages", default="", help="a folder with kura 0.5.4 and what it needs, if it is not installed"
-    )
     parser.add_argument("--json", action="store_true", help="print one JSON object too")
     args = parser.parse_args(argv)
     found = {part: measured(part, args) for part in args.parts.split(",")}

@@ -80,7 +80,7 @@ def rates(bench: Bench, sets: list[TextSet], batch_sizes: list[int]) -> dict[str
     if bench.device != "cpu":
         bench.skipped.append("encode with a pool of processes, and the tuned recipe: for CPUs only")
     if find_spec("daft") is None:
-        bench.skipped.append("Daft: not installed")
+        bench.skipped.append("Daft: not installed (pip install --no-deps -r benchmarks/peers.txt)")
     found = {texts.name: encode_batches(bench, texts, batch_sizes) for texts in sets}
     ways = {texts.name: list(ways_over(bench, texts, found[texts.name])) for texts in sets}
     measured, peaks = rounds(bench, sets, ways)
