@@ -81,6 +81,18 @@ KINDS = {
         lambda: [Pooling(32)],
     ),
     "Qwen3": Kind({"model_type": "qwen3", **DECODER}, decoder_tokenizer, lambda: [Pooling(32, "lasttoken")]),
+    "Gemma 3": Kind(  # attends to both sides, in every other layer to a window, by masks that it makes in a way of its own
+        {
+            "model_type": "gemma3_text",
+            "use_bidirectional_attention": True,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            **DECODER,
+            "num_hidden_layers": 2,
+        },
+        decoder_tokenizer,
+        lambda: [Pooling(32), Normalize()],
+    ),
     "Llama": Kind({"model_type": "llama", **DECODER}, decoder_tokenizer, lambda: [Pooling(32, "weightedmean")]),
     "DistilBERT": Kind(
         {"model_type": "distilbert", "dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 64},
@@ -93,7 +105,9 @@ KINDS = {
         lambda: [Pooling(32, "max")],
     ),
 }
-CASES = [(kind, "torch") for kind in KINDS] + [(kind, "openvino") for kind in ("BERT", "XLM-RoBERTa", "MPNet", "Qwen3")]
+CASES = [(kind, "torch") for kind in KINDS] + [
+    (kind, "openvino") for kind in ("BERT", "XLM-RoBERTa", "MPNet", "Qwen3", "Gemma 3")
+]
 """Conversions take some seconds each; these are the ones that differ most. tests/test_precision.py has a real model."""
 
 

@@ -7,6 +7,7 @@ import logging
 import re
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from engine.models.backends import openvino
 from engine.models.backends.base import Batch
@@ -35,8 +37,14 @@ from tests.tiny_models import (
     with_modules,
 )
 
-GEMMA = Kind(  # attends to both sides, in a way that the tracer does not know
-    {"model_type": "gemma3_text", "use_bidirectional_attention": True, **DECODER},
+MIXTURE = Kind(  # sends each token to an expert, by an operation that OpenVINO does not have
+    {
+        "model_type": "gpt_oss",
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        **DECODER,
+    },
     decoder_tokenizer,
     lambda: [Pooling(32)],
 )
@@ -76,22 +84,31 @@ def refused(caplog: pytest.LogCaptureFixture) -> str:
 
 def test_what_openvino_cannot_convert_runs_on_torch(tmp_path, caplog):
     """With a warning, and with the library's vectors."""
-    expected = GEMMA.save(tmp_path).encode(mixed())
+    expected = MIXTURE.save(tmp_path).encode(mixed())
     with caplog.at_level(logging.INFO, "engine"):
         model = by_engine(tmp_path, "openvino")
     assert model.backend == "torch"
     assert cosines(rows(model, mixed()).vectors, expected).min() >= LEAST
-    assert refused(caplog) == "backend torch: OpenVINO cannot convert gemma3_text (RuntimeError)"
-    assert caplog.messages[-1].endswith("gemma3_text on cpu in float32 by torch: OpenVINO cannot run it")
+    assert refused(caplog) == "backend torch: OpenVINO cannot convert gpt_oss (OpConversionFailure)"
+    assert caplog.messages[-1].endswith("gpt_oss on cpu in float32 by torch: OpenVINO cannot run it")
 
 
 def test_a_conversion_that_fails_leaves_the_logging_of_the_process_as_it_is(tmp_path, caplog):
     """A root logger at ERROR would swallow the very warning, and all that the process logs later."""
-    GEMMA.save(tmp_path)
+    MIXTURE.save(tmp_path)
     before = root_logger()
     by_engine(tmp_path, "openvino")
     assert root_logger() == before
     assert "OpenVINO cannot convert" in refused(caplog)
+
+
+def test_conversions_at_once_leave_the_process_as_it_is():
+    """Each changes how the process logs and makes masks; one that found what another had changed would put that back."""
+    before = root_logger(), ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+    with ThreadPoolExecutor(4) as threads:
+        encoders = [threads.submit(packaged, "openvino") for _ in range(4)]
+    assert {encoder.result().backend_name for encoder in encoders} == {"openvino"}
+    assert (root_logger(), ALL_MASK_ATTENTION_FUNCTIONS["eager"]) == before
 
 
 def test_a_conversion_with_other_vectors_is_refused(tmp_path, caplog):

@@ -14,12 +14,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import openvino as ov
 import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from engine.models.backends.base import Backend, Batch, features_of
@@ -41,6 +43,8 @@ TRIAL_SHAPE = (8, 13)
 TRIALS = 5
 
 Ids = npt.NDArray[np.int64]
+_CONVERTING = Lock()
+"""A conversion changes how the process logs and masks, and puts back what it found: one at a time."""
 _Computes = TypeVar("_Computes", bound=Callable[[Ids, Ids], object])
 
 logger = logging.getLogger(__name__)
@@ -154,8 +158,23 @@ def _converted(model: SentenceTransformer) -> Any:
     mask = torch.ones(2, 8, dtype=torch.int64)
     mask[0, 6:] = 0
     example = {"input_ids": torch.ones(2, 8, dtype=torch.int64), "attention_mask": mask}
-    with _hushed(), torch.inference_mode(False), torch.no_grad():
+    with _CONVERTING, _hushed(), _broadcast_masks(), torch.inference_mode(False), torch.no_grad():
         return ov.convert_model(_Traceable(model.eval()), example_input=example)
+
+
+@contextmanager
+def _broadcast_masks() -> Iterator[None]:
+    """
+    Have masks made by broadcasting, where a model asks for `torch.vmap`, which the tracer does not know.
+
+    Gemma 3 does, to attend to both sides. A mask that broadcasting makes wrong shows in the vectors, which are checked.
+    """
+    made = ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+    ALL_MASK_ATTENTION_FUNCTIONS["eager"] = lambda *args, **options: made(*args, **options | {"use_vmap": False})
+    try:
+        yield
+    finally:
+        ALL_MASK_ATTENTION_FUNCTIONS["eager"] = made
 
 
 @contextmanager
