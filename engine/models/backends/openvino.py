@@ -25,6 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from engine.models.backends.base import Backend, Batch, features_of
+from engine.models.backends.pooling import with_early_pooling
 from engine.models.backends.stepwise import stepwise
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class OpenVinoBackend(Backend):
             "INFERENCE_NUM_THREADS": num_streams,
             "ENABLE_CPU_PINNING": False,  # several actors of a machine would all be pinned to its first cores
         }
-        converted = _converted(model)
+        converted = with_early_pooling(_converted(model))
         self._plan = _Plan(converted, settings, num_streams)
         if self.precision not in (PRECISIONS[dtype], "f32"):  # a CPU without float16 would take bfloat16, which is less
             settings["INFERENCE_PRECISION_HINT"] = "f32"
