@@ -28,11 +28,11 @@ def dense(hidden: Any) -> Any:
     return ops.matmul(hidden, ops.constant(WEIGHTS), False, True)
 
 
-def model(layer: Callable[[Any], Any], *, one_token: bool = True, read: bool = False) -> ov.Model:
+def model(layer: Callable[[Any], Any], *, one_token: bool = True, times: int = 1, read: bool = False) -> ov.Model:
     """Make what comes after the last attention: a dense layer, another one behind what a test is about, and the pooling, as it is traced."""
     hidden, at = ops.parameter([-1, -1, WIDTH], np.float32), ops.parameter([-1, 1], np.int64)
     last = dense(layer(dense(hidden)))
-    shape = ops.constant(np.array([1, 1, WIDTH]))
+    shape = ops.constant(np.array([1, times, WIDTH]))
     wide = ops.broadcast(ops.unsqueeze(at, ops.constant(2)), shape, broadcast_spec="BIDIRECTIONAL")
     if not one_token:  # of each number of the vector another token
         wide = ops.mod(ops.add(wide, ops.constant(np.arange(WIDTH))), ops.constant(np.int64(NUM_TOKENS)))
@@ -117,10 +117,11 @@ def test_what_does_not_go_token_by_token_sees_all_tokens(layer):
     ("layer", "other"),
     [
         (ops.relu, {"one_token": False}),
+        (ops.relu, {"times": 2}),
         (ops.relu, {"read": True}),
         (lambda hidden: ops.add(hidden, ops.constant(HIDDEN[0])), {}),
     ],
-    ids=["many tokens", "read elsewhere", "a number of tokens that is settled"],
+    ids=["many tokens", "a token twice", "read elsewhere", "a number of tokens that is settled"],
 )
 def test_a_model_that_needs_all_tokens_is_left_as_it_is(layer, other):
     whole = model(layer, **other)

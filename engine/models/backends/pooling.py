@@ -38,14 +38,17 @@ def with_early_pooling(converted: ov.Model) -> ov.Model:
 
 
 def _positions(pooling: Any) -> Any:
-    """Return at which token an operation takes the whole width of each text, shape (texts, 1); None if that is not what it does."""
+    """Return at which token an operation takes all numbers of each text, shape (texts, 1); None if that is not what it does."""
     if pooling.get_type_name() != "GatherElements" or pooling.get_attributes()["axis"] != TOKENS:
         return None
     indices = pooling.input_value(1)
+    shape = indices.get_partial_shape()
+    if shape.rank != RANK or shape[TOKENS] != 1:
+        return None
     while indices.get_node().get_type_name() in ("Convert", "Broadcast"):
         indices = indices.get_node().input_value(0)
     shape = indices.get_partial_shape()
-    if shape.rank != RANK or shape[TOKENS] != 1 or shape[WIDTH] != 1:
+    if shape.rank != RANK or shape[WIDTH] != 1:  # another token for each number
         return None
     return ops.squeeze(indices, ops.constant(np.int64(WIDTH)))
 
