@@ -141,10 +141,10 @@ def test_real_models_that_pool_the_first_token_are_computed_so(tmp_path, kind):
     """As transformers and OpenVINO's converter leave them now: another version may make something else of it, and lose the speed."""
     reference = FIRST[kind].save(tmp_path)
     expected = reference.encode(mixed())
+    converted = openvino._converted(reference)
     encoder = packed(reference, "openvino")
     assert encoder.backend_name == "openvino"
     assert cosines(encoder(mixed()).vectors, expected).min() >= LEAST
-    converted = openvino._converted(reference)
     early = of_one_token(with_early_pooling(converted))
     assert len([one for one in early if one]) == len([one for one in of_one_token(converted) if one]) + 3
 
