@@ -103,7 +103,7 @@ def test_a_conversion_that_fails_leaves_the_logging_of_the_process_as_it_is(tmp_
 
 
 def test_conversions_at_once_leave_the_process_as_it_is(tmp_path):
-    """Each changes how the process logs and makes masks; one that found what another had changed would put that back."""
+    """And do not fail, though PyTorch's tracer knows of one at a time; one that found what another had changed would put that back."""
     before = root_logger(), ALL_MASK_ATTENTION_FUNCTIONS["eager"]
     folder = save_transformer(tmp_path, BERT, bert_tokenizer())
     models = [with_modules(folder) for _ in range(3)]

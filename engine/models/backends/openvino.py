@@ -45,7 +45,10 @@ TRIALS = 5
 
 Ids = npt.NDArray[np.int64]
 _CONVERTING = Lock()
-"""A conversion changes how the process logs and masks, and puts back what it found: one at a time."""
+"""
+One conversion at a time: it changes how the process logs and masks, and puts back what it found; and PyTorch traces a model twice, and refuses
+it if names differ, which traces beside it bring about.
+"""
 _Computes = TypeVar("_Computes", bound=Callable[[Ids, Ids], object])
 
 logger = logging.getLogger(__name__)

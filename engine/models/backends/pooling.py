@@ -28,6 +28,8 @@ TOKENS, WIDTH, RANK = 1, 2, 3
 
 def with_early_pooling(converted: ov.Model) -> ov.Model:
     """Return a copy of a model, whose weights it shares, that takes a text's one token as early as it can; any other model as it is."""
+    if all(_positions(node) is None for node in converted.get_ordered_ops()):
+        return converted
     model = converted.clone()
     for pooling in model.get_ordered_ops():
         positions = _positions(pooling)
@@ -38,7 +40,7 @@ def with_early_pooling(converted: ov.Model) -> ov.Model:
 
 
 def _positions(pooling: Any) -> Any:
-    """Return at which token an operation takes all numbers of each text, shape (texts, 1); None if that is not what it does."""
+    """Return at which token an operation takes all numbers of each text, shape (texts, 1, 1); None if that is not what it does."""
     if pooling.get_type_name() != "GatherElements" or pooling.get_attributes()["axis"] != TOKENS:
         return None
     indices = pooling.input_value(1)
@@ -50,7 +52,7 @@ def _positions(pooling: Any) -> Any:
     shape = indices.get_partial_shape()
     if shape.rank != RANK or shape[WIDTH] != 1:  # another token for each number
         return None
-    return ops.squeeze(indices, ops.constant(np.int64(WIDTH)))
+    return indices
 
 
 def _take_early(model: ov.Model, pooling: Any, positions: Any) -> None:
@@ -61,6 +63,7 @@ def _take_early(model: ov.Model, pooling: Any, positions: Any) -> None:
         if readers and readers.keys() <= late and readers.get(pooling.get_name(), 0) == 0 and _is_by_token(node):
             late.add(node.get_name())
             inputs += node.inputs()
+    at_tokens = ops.squeeze(positions, ops.constant(np.int64(WIDTH)))
     taken: dict[tuple[str, int], Any] = {}
     for entry in inputs:
         source = entry.get_source_output()
@@ -68,7 +71,7 @@ def _take_early(model: ov.Model, pooling: Any, positions: Any) -> None:
         if key[0] in late or not _has_tokens(source):
             continue
         if key not in taken:
-            taken[key] = ops.gather(source, positions, ops.constant(np.int64(TOKENS)), batch_dims=1)
+            taken[key] = ops.gather(source, at_tokens, ops.constant(np.int64(TOKENS)), batch_dims=1)
         entry.replace_source_output(taken[key].output(0))
     if inputs:
         pooling.output(0).replace(pooling.input_value(0))
