@@ -208,7 +208,7 @@ def inline(texts: Row, device: str, counts: Sequence[int]) -> list[Row]:
     rows = []
     for count in counts:
         seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for number in range(1 + max(5, min(30, 1000 // count))):
+        for number in range(1 + max(5, min(100, 1000 // count))):
             start = number * count % max(len(values) - count, 1)
             for name, embed in ways.items():
                 began = time.perf_counter()

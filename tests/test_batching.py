@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batching import ALIKE, FULL_ENOUGH, pack, pack_in_turns
+from engine.batching import ALIKE, FULL_ENOUGH, pack, pack_for_streams, pack_in_turns
 from engine.models.token_budget import CANDIDATES
 from tests.test_tokens import of_minilm
 from tests.tiny_models import sample
@@ -103,10 +103,76 @@ def test_budgets_that_take_turns_have_as_many_tokens_and_texts_of_all_lengths(bu
     assert padding < 0.02
 
 
+FEW = st.lists(st.integers(0, 300), max_size=60)
+STREAMS = st.integers(1, 16)
+CALLS = st.sampled_from([0, 8, 32])
+
+
+def ended(lengths: np.ndarray, batches: list[np.ndarray], num_streams: int, call_tokens: int) -> int:
+    """Return when the last stream is done, if each takes the next batch as it is free; in tokens."""
+    streams = [0] * num_streams
+    for batch in batches:
+        at = streams.index(min(streams))
+        streams[at] += len(batch) * int(lengths[batch].max()) + call_tokens
+    return max(streams)
+
+
+@given(FEW, BUDGETS, STREAMS, CALLS, st.booleans(), ROWS)
+def test_few_texts_for_several_streams_are_each_in_one_batch_under_the_budget(
+    lengths, budget, streams, call, can_share, rows
+):
+    """As under one budget: nothing is lost or embedded twice, the longest come first, and what a device has memory for is kept to."""
+    lengths = np.array(lengths, np.int64)
+    batches = pack_for_streams(
+        lengths, max_tokens=budget, num_streams=streams, call_tokens=call, can_share=can_share, max_rows=rows
+    )
+    order = np.concatenate([*batches, np.empty(0, np.int64)]).astype(np.int64)
+    assert sorted(order.tolist()) == list(range(len(lengths)))
+    assert (np.diff(lengths[order]) <= 0).all()
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * lengths[batch].max() <= budget
+        assert rows is None or 0 < len(batch) <= rows
+
+
+@given(FEW, st.integers(300, 3000), STREAMS)
+def test_streams_are_done_with_few_texts_no_later_than_under_one_budget(lengths, budget, streams):
+    """One batch for all of them would leave the other streams idle."""
+    lengths = np.array(lengths, np.int64)
+    spread = pack_for_streams(lengths, max_tokens=budget, num_streams=streams, call_tokens=0, can_share=False)
+    full = [batch for _, batch in pack_in_turns(lengths, [budget], full_enough=1)]
+    assert ended(lengths, spread, streams, 0) <= ended(lengths, full, streams, 0)
+
+
+def test_few_texts_are_dealt_to_streams_as_evenly_as_their_lengths_allow():
+    """About as many padded tokens for each stream; and one batch where calls would cost more than to share it."""
+    lengths = np.array([11, 43, 4, 16, 26, 11, 10, 7, 5, 11])
+
+    def packed(lengths: np.ndarray, call_tokens: int, num_streams: int = 2) -> list[list[int]]:
+        batches = pack_for_streams(
+            lengths, max_tokens=768, num_streams=num_streams, call_tokens=call_tokens, can_share=True
+        )
+        return [lengths[batch].tolist() for batch in batches]
+
+    assert packed(lengths, 32) == [[43, 26], [16, 11, 11, 11, 10, 7, 5], [4]]
+    assert packed(lengths[:1], 32) == [[11]]
+    assert packed(np.array([10, 9]), 32) == [[10], [9]]
+    assert packed(np.array([100, 90, 80]), 32, num_streams=4) == [[100], [90], [80]]
+    assert packed(np.array([100, 90, 80]), 500, num_streams=4) == [[100, 90, 80]]
+
+
+def test_texts_that_fill_a_batch_for_each_stream_are_packed_under_the_one_budget():
+    """Smaller batches would cost more calls, and save the end of one call alone."""
+    lengths = np.random.default_rng(0).integers(1, 257, 400)
+    spread = pack_for_streams(lengths, max_tokens=768, num_streams=2, call_tokens=8, can_share=False)
+    assert [batch.tolist() for batch in spread] == [batch.tolist() for batch in pack(lengths, max_tokens=768)]
+
+
 def test_texts_without_tokens_and_no_texts_can_be_packed():
     """A tokenizer may make nothing of a text; a shard may have no text that can be embedded."""
     assert pack(np.array([], np.int64), max_tokens=8) == []
     assert [batch.tolist() for batch in pack(np.zeros(3, np.int32), max_tokens=8)] == [[0, 1, 2]]
+    spread = pack_for_streams(np.zeros(3, np.int32), max_tokens=8, num_streams=2, call_tokens=8, can_share=True)
+    assert sorted(np.concatenate(spread).tolist()) == [0, 1, 2]
 
 
 def test_lengths_of_small_integers_do_not_overflow():

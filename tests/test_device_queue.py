@@ -250,6 +250,16 @@ def test_a_lone_batch_gets_the_cores_of_all_streams_where_they_can_share_it(has_
     assert [batch.num_shares for batch in backend.began] == [num_shares]
 
 
+@pytest.mark.parametrize(("call_tokens", "lengths"), [(8, [[40, 40], [39, 38]]), (None, [[40, 40, 39, 38]])])
+def test_few_texts_are_spread_over_streams_that_have_cores_of_their_own(call_tokens, lengths):
+    """One batch would leave the other core idle; but streams that share a GPU are no faster by half a batch each."""
+    backend = Scripted(num_streams=2)
+    backend.call_tokens = call_tokens
+    PackedEncoder(Lengths(), backend, TokenBudget("cpu", 768))(["38", "40", "39", "40"])
+    computed = [sorted(batch.attention_mask.sum(axis=1).tolist(), reverse=True) for batch in backend.began]
+    assert sorted(computed, reverse=True) == lengths
+
+
 def test_no_batches_are_no_time_on_the_device():
     """A caller without texts."""
     done, spent = DeviceQueue(Scripted()).run([])

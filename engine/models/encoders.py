@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.batching import pack, pack_in_turns
+from engine.batching import pack, pack_for_streams, pack_in_turns
 from engine.errors import InputRejected
 from engine.models.backends.base import Batch, is_out_of_memory
 from engine.models.base import Embeddings
@@ -111,8 +111,20 @@ class PackedEncoder(Encoder):
         self._queue.close()
 
     def _packed(self, tokens: Tokens, positions: Positions, budgets: Sequence[int]) -> list[tuple[int, Positions]]:
-        """Pack texts; under several budgets in turns."""
-        packed = pack_in_turns(tokens.lengths[positions], budgets, max_rows=self._max_rows)
+        """Pack texts: under one budget so that all streams have their share; under several, in turns."""
+        lengths, backend = tokens.lengths[positions], self._queue.backend
+        if len(budgets) > 1 or backend.call_tokens is None:
+            packed = pack_in_turns(lengths, budgets, max_rows=self._max_rows)
+        else:
+            batches = pack_for_streams(
+                lengths,
+                max_tokens=budgets[0],
+                num_streams=backend.num_streams,
+                call_tokens=backend.call_tokens,
+                can_share=backend.has_shared_batches,
+                max_rows=self._max_rows,
+            )
+            packed = [(budgets[0], batch) for batch in batches]
         return [(budget, positions[batch]) for budget, batch in packed]
 
     def _filled(self, tokens: Tokens, packed: Sequence[tuple[int, Positions]]) -> Iterator[Batch]:

@@ -48,6 +48,8 @@ class Backend(ABC):
     name: str
     device: str
     num_streams: int = 1
+    call_tokens: int | None = None
+    """What a call costs, beside its padded tokens, in tokens of a small model. None: streams share the device, which is no faster by more of them."""
     has_shared_batches: bool = False
     """A batch may be computed by the cores of several streams, if there are fewer batches than streams."""
 

@@ -66,6 +66,7 @@ class OpenVinoBackend(Backend):
 
     name = "openvino"
     device = "cpu"
+    call_tokens = 8  # 1.5 ms beside 0.21 ms for each token, measured of all-MiniLM-L6-v2 in float32 on a core of Zen 4
 
     def __init__(self, model: SentenceTransformer, dtype: str, num_streams: int) -> None:
         self.num_streams = num_streams

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 CUDA_STREAMS = 2
 """While one waits for its copies and its launches, the kernels of the other keep the device busy."""
+CALL_TOKENS = 32
+"""On CPUs: 7.5 ms beside 0.24 ms for each token, measured of all-MiniLM-L6-v2 in float32 on a core of Zen 4."""
 _THREADS = threading.Lock()
 """Held while the number of threads is set: torch has one for threads to come, which is each stream's own for a moment."""
 
@@ -44,6 +46,7 @@ class PyTorchBackend(Backend):
         self._own = threading.local()
         if self._is_cpu:
             self.num_streams = num_cores()
+            self.call_tokens = CALL_TOKENS
             self.has_shared_batches = True
         elif self._is_cuda:
             self.num_streams = CUDA_STREAMS
