@@ -22,16 +22,21 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ |= {"RAY_idle_worker_killing_time_threshold_ms": "600000", "RAY_num_workers_soft_limit": "8"}
 
 
+GUIDES = "tests/test_docs.py"
+"""They take minutes, and the process that has all other tests with Ray is the last one to be done."""
+
+
 class RayTogether(LoadScopeScheduling):
     """
-    Gives one process all files with tests that start Ray, and the others the rest, test by test.
+    Gives one process all files with tests that start Ray, but the guides, and the others the rest, test by test.
 
-    On a machine of few cores two Rays that start at once wait so long for each other that they give up. (Groups by marker, `--dist loadgroup`,
-    do not work: pytest 9.2 takes no other node ids from pytest-xdist 3.8.)
+    On a machine of few cores Rays that start at once wait so long for each other that they give up; the guides start one, and keep it. (Groups
+    by marker, `--dist loadgroup`, do not work: pytest 9.2 takes no other node ids from pytest-xdist 3.8.)
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        return "ray" if _starts_ray(nodeid.partition("::")[0]) else nodeid
+        file = nodeid.partition("::")[0]
+        return "ray" if _starts_ray(file) and file != GUIDES else nodeid
 
 
 @cache
