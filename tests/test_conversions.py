@@ -157,8 +157,9 @@ def with_fourth(vectors: np.ndarray, value: float) -> np.ndarray:
         (lambda vectors: vectors[:, :-1], r"cosine -1\.0+"),
         (lambda vectors: with_fourth(vectors, np.nan), "cosine nan"),
         (lambda vectors: with_fourth(vectors, 0), "cosine nan"),
+        (lambda vectors: vectors * np.nan if len(vectors) == 1 else vectors, "cosine nan"),
     ],
-    ids=["right", "noise", "order", "dimension", "nan", "zero"],
+    ids=["right", "noise", "order", "dimension", "nan", "zero", "nan in a long text"],
 )
 def test_vectors_that_are_not_the_model_s_own_are_never_taken(tmp_path, caplog, monkeypatch, change, said):
     """A conversion is held against PyTorch before it is used; the warning says how far off it was."""

@@ -72,10 +72,16 @@ class PackedEncoder(Encoder):
         backend: The model, on its device.
         budget: Of padded tokens.
         max_rows: Texts a batch at most, whatever the budget.
+        num_known: Tokens that the model has embeddings for; None if that is not known. A tokenizer may have more.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, backend: Backend, budget: TokenBudget, max_rows: int | None = None
+        self,
+        tokenizer: Tokenizer,
+        backend: Backend,
+        budget: TokenBudget,
+        max_rows: int | None = None,
+        num_known: int | None = None,
     ) -> None:
         self.backend_name = backend.name
         self.device = backend.device
@@ -83,6 +89,7 @@ class PackedEncoder(Encoder):
         self.tokenizer: Tokenizer = tokenizer
         self._queue = DeviceQueue(backend)
         self._max_rows = max_rows
+        self._num_known = num_known
 
     def __call__(self, texts: Sequence[str], tokens: Tokens | None = None) -> Encoded:
         """Encode texts; only their tokens and their vectors are held as a whole."""
@@ -91,7 +98,7 @@ class PackedEncoder(Encoder):
         encoded.count_lost(tokens.lost_of_long())
         giants: list[Positions] = []
         with self.budget.trial(int(tokens.starts[-1])) as budgets:
-            todo = self._packed(tokens, np.arange(len(texts)), budgets)
+            todo = self._packed(tokens, self._known(tokens, encoded), budgets)
             logger.debug("%d texts in %d batches of up to %s padded tokens", len(texts), len(todo), budgets)
             while todo:
                 too_large = self._run(tokens, todo, encoded)
@@ -109,6 +116,23 @@ class PackedEncoder(Encoder):
     def close(self) -> None:
         """End the threads of the backend's streams."""
         self._queue.close()
+
+    def _known(self, tokens: Tokens, encoded: Encoded) -> Positions:
+        """
+        Return the texts all of whose tokens the model has embeddings for; the others have failed.
+
+        Of such a token PyTorch raises on CPUs, CUDA gives up the process's GPU, and OpenVINO computes a vector, of zeros in its place.
+        """
+        every = np.arange(len(tokens.lost))
+        unknown = np.flatnonzero(tokens.ids >= self._num_known) if self._num_known is not None else every[:0]
+        if not len(unknown):
+            return every
+        texts = np.searchsorted(tokens.starts, unknown, side="right") - 1
+        for at, number in zip(texts.tolist(), tokens.ids[unknown].tolist(), strict=True):
+            encoded.failed[at] = InputRejected(
+                f"its token {number} is unknown to the model, which has {self._num_known}: its tokenizer has more of them"
+            )
+        return np.setdiff1d(every, texts)
 
     def _packed(self, tokens: Tokens, positions: Positions, budgets: Sequence[int]) -> list[tuple[int, Positions]]:
         """Pack texts: under one budget so that all streams have their share; under several, in turns."""

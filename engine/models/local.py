@@ -13,6 +13,7 @@ import torch
 
 from engine.errors import ConfigError
 from engine.models import model_files
+from engine.models.architecture import cast, num_known_tokens
 from engine.models.backends.base import Batch
 from engine.models.backends.pytorch import PyTorchBackend
 from engine.models.base import lowest_cosine
@@ -139,15 +140,16 @@ def encoder(
             logger.warning("backend openvino: %s is not a plain transformer; its own encode is used", _name(model))
         size = max_rows or DEFAULT_BATCH_SIZE.get(chosen.kind, DEFAULT_BATCH_SIZE["cpu"])
         _log(model, chosen.device, "its own encode", dtype, "it is not a plain transformer with pooling")
-        return OwnEncoder(_cast(model, dtype), prompt, size, _beside(model, prompt))
+        return OwnEncoder(cast(model, dtype), prompt, size, _beside(model, prompt))
     backend = _converted(model, tokenizer, dtype) if chosen.backend == "openvino" else None
     if backend is None:
         why = chosen.why if chosen.backend == "torch" else "OpenVINO cannot run it"
-        backend = PyTorchBackend(_cast(model, dtype))
+        backend = PyTorchBackend(cast(model, dtype))
     else:
         why = chosen.why
     _log(model, backend.device, backend.name, dtype, why)
-    return PackedEncoder(tokenizer, backend, TokenBudget(chosen.kind, batch_tokens), max_rows)
+    budget = TokenBudget(chosen.kind, batch_tokens)
+    return PackedEncoder(tokenizer, backend, budget, max_rows, num_known_tokens(model))
 
 
 def fitter(
@@ -190,7 +192,8 @@ def _converted(model: SentenceTransformer, tokenizer: Tokenizer, dtype: str) -> 
         from engine.models.backends.openvino import OpenVinoBackend
 
         backend = OpenVinoBackend(model, dtype, num_cores())
-        lowest = min(lowest_cosine(backend(probe), own) for probe, own in zip(probes, expected, strict=True))
+        cosines = [lowest_cosine(backend(probe), own) for probe, own in zip(probes, expected, strict=True)]
+        lowest = np.min(cosines)  # nan if any is, as of a probe that overflows: which is below any bound
     except Exception as error:  # whatever a converter makes of modules that it has never seen
         logger.warning("backend torch: OpenVINO cannot convert %s (%s)", _name(model), type(error).__name__)
     else:
@@ -211,8 +214,8 @@ def _converted(model: SentenceTransformer, tokenizer: Tokenizer, dtype: str) -> 
 def _probes(model: SentenceTransformer, tokenizer: Tokenizer) -> list[Batch]:
     """Make two batches of rows with much, little and no padding, and one of a single long row."""
     lists = tokenizer([*PROBES, *(text[: len(text) // 2] for text in PROBES)]).lists()
-    num_known = model[0].auto_model.get_input_embeddings().num_embeddings
-    known = [ids for ids in lists if max(ids, default=0) < num_known]  # a tokenizer may have more than its model
+    num_known = num_known_tokens(model)
+    known = [ids for ids in lists if num_known is None or max(ids, default=0) < num_known]
     batches = []
     for some, most in (
         (known, SHORT_PROBE_TOKENS),
@@ -239,10 +242,6 @@ def _device(device: str) -> str:
 
 def _kind(device: str) -> str:
     return device.partition(":")[0]
-
-
-def _cast(model: SentenceTransformer, dtype: str) -> SentenceTransformer:
-    return model if dtype == "float32" else model.to(getattr(torch, dtype))
 
 
 def _name(model: SentenceTransformer) -> str:

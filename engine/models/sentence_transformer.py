@@ -82,16 +82,14 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        from engine.models import local
+        from engine.models import architecture, local
 
         self.model_name = model_name
         self.model_batch_size = model_batch_size
         self._slug = f"sentence-transformers:{model_name}" + (f"@{revision}" if revision else "")
         chosen = local.chosen(device, backend)
         model = local.load(model_name, chosen, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
-        if max_length is not None:
-            _check_max_length(model, model_name, max_length)
-            model.max_seq_length = max_length
+        architecture.limit_length(model, model_name, max_length)
         _check_dimensions(model, model_name, dimensions)
         self._dimensions = dimensions if dimensions is not None else model.truncate_dim
         self._normalize = normalize or dimensions is not None
@@ -243,18 +241,6 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
             with np.errstate(invalid="ignore", divide="ignore"):  # zeros and what is not finite are found by the checks
                 vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         return vectors
-
-
-def _check_max_length(model: SentenceTransformer, name: str, max_length: int) -> None:
-    """Refuse what the tokenizer takes for no limit, and what the model has no positions for."""
-    tokenizer = model.tokenizer
-    special = tokenizer.num_special_tokens_to_add() if hasattr(tokenizer, "num_special_tokens_to_add") else 0
-    config = getattr(getattr(model[0], "auto_model", None), "config", None)
-    positions = getattr(config, "max_position_embeddings", None)
-    if max_length <= special or (isinstance(positions, int) and 0 < positions < max_length):
-        raise ConfigError(
-            f"max_length: {name} takes {special + 1} to {positions or 'any number of'} tokens, not {max_length}"
-        )
 
 
 def _check_dimensions(model: SentenceTransformer, name: str, dimensions: int | None) -> None:

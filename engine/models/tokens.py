@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from engine.models.architecture import is_plain
 from engine.models.beginnings import beginning, splits_at_spaces
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class Tokenizer:
     @classmethod
     def of(cls, model: SentenceTransformer, prompt: str | None) -> Tokenizer | None:
         """Return the tokenizer of a model that is a plain transformer with modules behind it; None if it is anything else."""
-        if not _is_plain(model):
+        if not is_plain(model):
             return None
         prompt = _prompt_of(model, prompt)
         if prompt and any(not getattr(module, "include_prompt", True) for module in model):
@@ -272,23 +273,3 @@ def _limit_of(model: SentenceTransformer) -> int | None:
     """Return how many tokens a model takes; None for any number, as transformers' 10^30 means."""
     limit = getattr(model, "max_seq_length", None)
     return limit if limit is not None and limit < 10**9 else None
-
-
-def _is_plain(model: SentenceTransformer) -> bool:
-    """Say whether a model is the library's own transformer module, for text alone, and modules that follow it."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modules import Transformer
-
-    first = model[0]
-    return (
-        type(model).forward is SentenceTransformer.forward
-        and type(first) is Transformer
-        and first.backend == "torch"
-        and first.transformer_task == "feature-extraction"
-        and "message" not in first.modality_config
-        and first.tokenizer is first.processor
-        and hasattr(first.tokenizer, "backend_tokenizer")
-        and not first.processing_kwargs
-        and not first.can_flatten_inputs
-        and not any((model.module_kwargs or {}).values())
-    )
