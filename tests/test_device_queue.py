@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from engine.models.backends.base import Batch
-from engine.models.device_queue import READY_BATCHES, DeviceQueue
+from engine.models.device_queue import READY_BATCHES, DeviceQueue, DeviceTime, Done
 from engine.models.encoders import PackedEncoder
 from engine.models.token_budget import TokenBudget
 from tests.scripted import Lengths, Scripted, batch_of, wait
@@ -27,6 +27,13 @@ def numbers(batches: Iterable[Batch]) -> list[int]:
 def many(first: int, count: int) -> list[Batch]:
     """Make batches of one text; a batch's number is its text's position."""
     return [batch_of(1 + number % 7, first=first + number) for number in range(count)]
+
+
+def ran(queue: DeviceQueue, batches: Iterable[Batch], *, alone: bool = False) -> tuple[list[Done], DeviceTime]:
+    """Run batches; return what became of all of them."""
+    done: list[Done] = []
+    spent = queue.run(batches, done.append, alone=alone)
+    return done, spent
 
 
 def started(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
@@ -47,7 +54,7 @@ def test_batches_come_back_in_order_each_with_its_vectors():
     """However the streams overtake each other."""
     backend = Scripted(lambda batch: time.sleep(0.002 * (batch.positions[0] % 3)), num_streams=3)
     batches = many(0, 30)
-    done, _ = DeviceQueue(backend).run(batches)
+    done, _ = ran(DeviceQueue(backend), batches)
     assert [one.batch for one in done] == batches
     assert all(one.error is None and one.seconds > 0 for one in done)
     for one in done:
@@ -59,7 +66,7 @@ def test_streams_are_used_and_never_more_than_there_are():
     backend = Scripted(lambda _: time.sleep(0.002), num_streams=3)
     queue = DeviceQueue(backend)
     with ThreadPoolExecutor(4) as callers:
-        list(callers.map(lambda caller: queue.run(many(100 * caller, 20)), range(4)))
+        list(callers.map(lambda caller: ran(queue, many(100 * caller, 20)), range(4)))
     assert backend.most_at_once == 3
     assert len(backend.began) == 80
 
@@ -74,7 +81,7 @@ def test_batches_are_asked_for_as_there_is_room():
             made.append(batch)
             yield batch
 
-    answer = started(DeviceQueue(backend).run, batches())
+    answer = started(ran, DeviceQueue(backend), batches())
     deadline = time.monotonic() + 20
     while len(made) < 5 and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -98,9 +105,9 @@ def test_callers_come_in_turn():
                 filled.set()
             yield batch
 
-    answers = [started(queue.run, batches(0))]
+    answers = [started(ran, queue, batches(0))]
     wait(filled)
-    answers.append(started(queue.run, batches(100)))
+    answers.append(started(ran, queue, batches(100)))
     time.sleep(0.05)
     assert max(log) < 100
     gate.set()
@@ -122,9 +129,9 @@ def test_the_next_caller_s_first_batch_does_not_wait_for_the_last_one_s_end():
             next_one.set()
 
     queue = DeviceQueue(Scripted(act, num_streams=2))
-    first = started(queue.run, many(0, 2))
+    first = started(ran, queue, many(0, 2))
     wait(last)
-    second = started(queue.run, many(100, 3))
+    second = started(ran, queue, many(100, 3))
     done, _ = first.result(20)
     assert [one.error for one in done] == [None, None]
     assert len(second.result(20)[0]) == 3
@@ -140,14 +147,14 @@ def test_alone_means_that_nothing_else_is_on_the_device():
 
     backend = Scripted(act, num_streams=3)
     queue = DeviceQueue(backend)
-    answers = [started(queue.run, many(0, 12))]
-    answers += [started(queue.run, many(100, 3), alone=True), started(queue.run, many(200, 12))]
+    answers = [started(ran, queue, many(0, 12))]
+    answers += [started(ran, queue, many(100, 3), alone=True), started(ran, queue, many(200, 12))]
     for answer in answers:
         answer.result(20)
     assert len(together) == 27
     assert [together[number] for number in (100, 101, 102)] == [1, 1, 1]
     assert backend.most_at_once == 3, "the others were not alone"
-    assert sum(one.error is None for one in queue.run(many(0, 9))[0]) == 9
+    assert sum(one.error is None for one in ran(queue, many(0, 9))[0]) == 9
 
 
 @pytest.mark.parametrize("alone", [False, True])
@@ -161,7 +168,7 @@ def test_an_error_is_told_of_its_batch_and_the_queue_lives_on(alone):
     backend = Scripted(act)
     queue = DeviceQueue(backend)
     for _ in range(4):  # more often than there are places
-        done, _ = queue.run(many(0, 10), alone=alone)
+        done, _ = ran(queue, many(0, 10), alone=alone)
         assert [number for number, one in enumerate(done) if one.error is not None] == [0, 3, 9]
         assert {type(one.error) for one in done} == {ValueError, type(None)}
         assert all((one.vectors is None) == (one.error is not None) for one in done)
@@ -174,7 +181,7 @@ def test_an_error_holds_no_frames():
     def act(batch: Batch) -> None:
         raise torch.OutOfMemoryError("no")
 
-    done, _ = DeviceQueue(Scripted(act)).run(many(0, 1))
+    done, _ = ran(DeviceQueue(Scripted(act)), many(0, 1))
     assert done[0].error.__traceback__ is None
 
 
@@ -188,7 +195,7 @@ def test_a_device_that_ran_out_of_memory_is_relieved_before_the_next_batch():
             raise torch.OutOfMemoryError("no")
 
     backend = Scripted(act, num_streams=1)
-    DeviceQueue(backend).run(many(0, 4))
+    ran(DeviceQueue(backend), many(0, 4))
     assert seen == [0, 0, 1, 1]
 
 
@@ -204,8 +211,8 @@ def test_what_a_caller_s_own_batches_raise_is_raised_to_it_alone(alone):
     queue = DeviceQueue(backend)
     for _ in range(5):
         with pytest.raises(KeyError):
-            queue.run(batches(), alone=alone)
-    done, _ = queue.run(many(100, 10), alone=True)
+            ran(queue, batches(), alone=alone)
+    done, _ = ran(queue, many(100, 10), alone=True)
     assert all(one.error is None for one in done)
     assert len(backend.began) == 25
 
@@ -215,21 +222,55 @@ def test_a_device_is_never_busy_for_longer_than_it_is_held():
     backend = Scripted(lambda _: time.sleep(0.002), num_streams=3)
     queue = DeviceQueue(backend)
     began = time.perf_counter()
-    spent = [queue.run(many(0, 30))[1]]
+    spent = [ran(queue, many(0, 30))[1]]
     with ThreadPoolExecutor(3) as callers:
-        spent += [one for _, one in callers.map(lambda caller: queue.run(many(100 * caller, 30)), range(1, 9))]
+        spent += [one for _, one in callers.map(lambda caller: ran(queue, many(100 * caller, 30)), range(1, 9))]
     passed = time.perf_counter() - began
     held, busy = sum(one.held_s for one in spent), sum(one.busy_s for one in spent)
     assert all(one.busy_s > 0 and one.held_s > 0 for one in spent)
     assert 0.002 * 9 * 30 / 3 <= busy <= held <= passed
 
 
+def test_what_is_done_is_taken_before_all_batches_are_asked_for():
+    """A shard's token ids and vectors are not kept batch by batch until the last one is done."""
+    asked, taken, most = 0, 0, 0
+
+    def batches() -> Iterator[Batch]:
+        nonlocal asked, most
+        for batch in many(0, 30):
+            asked += 1
+            most = max(most, asked - taken)
+            yield batch
+
+    def take(_: Done) -> None:
+        nonlocal taken
+        taken += 1
+
+    DeviceQueue(Scripted(num_streams=1)).run(batches(), take)
+    assert (asked, taken) == (30, 30)
+    assert most <= 1 + READY_BATCHES + 2, "in the stream, waiting for it, made, and done just now"
+
+
+def test_a_device_that_cannot_even_give_back_memory_makes_room_for_the_next_batch():
+    """Each that kept its place would be one fewer, until all callers wait for ever."""
+    backend = Scripted(raising_memory_error)
+    backend.relieve = raising_memory_error
+    queue = DeviceQueue(backend)
+    for _ in range(10):
+        with pytest.raises(MemoryError):
+            started(ran, queue, many(0, 1)).result(timeout=20)
+
+
+def raising_memory_error(*_: Any) -> None:
+    raise MemoryError
+
+
 def test_time_in_which_no_caller_came_is_held_and_not_busy():
     """That is what an idle device is: the reader, or Ray, was too slow for it."""
     queue = DeviceQueue(Scripted(lambda _: time.sleep(0.001)))
-    queue.run(many(0, 2))
+    ran(queue, many(0, 2))
     time.sleep(0.05)
-    _, spent = queue.run(many(0, 2))
+    _, spent = ran(queue, many(0, 2))
     assert spent.held_s >= 0.05
     assert spent.busy_s < spent.held_s / 2
 
@@ -237,7 +278,7 @@ def test_time_in_which_no_caller_came_is_held_and_not_busy():
 def test_a_batch_on_the_cores_of_several_streams_keeps_each_of_them_busy():
     """So that a device whose cores all work is not called half idle."""
     queue = DeviceQueue(Scripted(lambda _: time.sleep(0.02), num_streams=2))
-    _, spent = queue.run([replace(batch_of(5), num_shares=2)])
+    _, spent = ran(queue, [replace(batch_of(5), num_shares=2)])
     assert 0.02 <= spent.busy_s <= spent.held_s
 
 
@@ -262,7 +303,7 @@ def test_few_texts_are_spread_over_streams_that_have_cores_of_their_own(call_tok
 
 def test_no_batches_are_no_time_on_the_device():
     """A caller without texts."""
-    done, spent = DeviceQueue(Scripted()).run([])
+    done, spent = ran(DeviceQueue(Scripted()), [])
     assert (done, spent.busy_s) == ([], 0)
 
 
@@ -270,7 +311,7 @@ def test_a_closed_queue_has_ended_its_threads():
     """What runs is finished first."""
     before = threading.active_count()
     queue = DeviceQueue(Scripted(lambda _: time.sleep(0.01), num_streams=3))
-    answer = started(queue.run, many(0, 6))
+    answer = started(ran, queue, many(0, 6))
     answer.result(20)
     queue.close()
     deadline = time.monotonic() + 20

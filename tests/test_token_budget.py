@@ -31,6 +31,12 @@ def done(budget: int, tokens_per_s: float, count: int = BATCHES_TO_TELL, *, fail
     return [Done(batch, np.ones((len(ids), 2), np.float32), None, ids.size / tokens_per_s)] * count
 
 
+def compare(budget: TokenBudget, done: list[Done], fills: dict[int, float]) -> None:
+    for one in done:
+        budget.note(one)
+    budget.compare(fills)
+
+
 def on_trial(budget: TokenBudget, num_tokens: int) -> tuple[int, ...]:
     """Return what a call of so many tokens is packed under, and end its trial."""
     with budget.trial(num_tokens) as budgets:
@@ -41,7 +47,7 @@ def compared(small: float, middle: float, large: float, fills: dict[int, float] 
     """Return a budget that has seen batches of each candidate, at such speeds."""
     budget = TokenBudget("cpu")
     assert on_trial(budget, MUCH) == (SMALL, MIDDLE, LARGE)
-    budget.compare([*done(SMALL, small), *done(MIDDLE, middle), *done(LARGE, large)], fills or FULL)
+    compare(budget, [*done(SMALL, small), *done(MIDDLE, middle), *done(LARGE, large)], fills or FULL)
     return budget
 
 
@@ -59,7 +65,7 @@ def test_a_budget_that_is_given_stays():
     """Whatever the device says of it."""
     budget = TokenBudget("cpu", 300)
     assert on_trial(budget, MUCH) == (300,)
-    budget.compare([*done(SMALL, 1000), *done(LARGE, 9000)], FULL)
+    compare(budget, [*done(SMALL, 1000), *done(LARGE, 9000)], FULL)
     assert (on_trial(budget, MUCH), budget.value) == ((300,), 300)
 
 
@@ -76,7 +82,7 @@ def test_little_text_is_never_on_trial():
     for num_tokens in (0, 1, 6 * SMALL, 6 * MIDDLE - 1):
         assert on_trial(budget, num_tokens) == (MIDDLE,)
     assert on_trial(budget, 6 * MIDDLE) == (SMALL, MIDDLE)
-    budget.compare(done(SMALL, 1000, count=1), {SMALL: 1.0, MIDDLE: 1.0})
+    compare(budget, done(SMALL, 1000, count=1), {SMALL: 1.0, MIDDLE: 1.0})
     assert on_trial(budget, 6 * LARGE) == (SMALL, MIDDLE, LARGE)
 
 
@@ -119,10 +125,10 @@ def test_few_batches_say_nothing():
     budget = TokenBudget("cpu")
     for _ in range(BATCHES_TO_TELL - 1):
         assert len(on_trial(budget, MUCH)) == 3
-        budget.compare([*done(SMALL, 9000, 99), *done(MIDDLE, 1000, 99), *done(LARGE, 1000, 1)], FULL)
+        compare(budget, [*done(SMALL, 9000, 99), *done(MIDDLE, 1000, 99), *done(LARGE, 1000, 1)], FULL)
     assert budget.value == MIDDLE
     assert len(on_trial(budget, MUCH)) == 3
-    budget.compare(done(LARGE, 1000, 1), FULL)
+    compare(budget, done(LARGE, 1000, 1), FULL)
     assert (budget.value, on_trial(budget, MUCH)) == (SMALL, (SMALL,))
 
 
@@ -130,9 +136,9 @@ def test_batches_that_failed_say_nothing_of_speed():
     """They are over in no time."""
     budget = TokenBudget("cpu")
     on_trial(budget, MUCH)
-    budget.compare([*done(SMALL, 1000), *done(MIDDLE, 1000), *done(LARGE, 0, 99, failed=True)], FULL)
+    compare(budget, [*done(SMALL, 1000), *done(MIDDLE, 1000), *done(LARGE, 0, 99, failed=True)], FULL)
     assert len(on_trial(budget, MUCH)) == 3
-    budget.compare(done(LARGE, 500), FULL)
+    compare(budget, done(LARGE, 500), FULL)
     assert on_trial(budget, MUCH) == (MIDDLE,)
 
 
@@ -144,7 +150,7 @@ def test_halving_settles(caplog):
     budget = TokenBudget("cuda")
     on_trial(budget, 10**9)
     budget.halve(16384)
-    budget.compare([*done(32768, 1000), *done(16384, 9000)], {16384: 1.0, 32768: 1.0})
+    compare(budget, [*done(32768, 1000), *done(16384, 9000)], {16384: 1.0, 32768: 1.0})
     assert (budget.value, on_trial(budget, 10**9)) == (8192, (8192,))
     assert "a batch of 16384 padded tokens does not fit into the device's memory: 8192 from now on" in caplog.text
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -71,24 +72,36 @@ class DeviceQueue:
         self._streams = ThreadPoolExecutor(backend.num_streams, thread_name_prefix="stream")
         self._clock = DeviceClock()
 
-    def run(self, batches: Iterable[Batch], *, alone: bool = False) -> tuple[list[Done], DeviceTime]:
+    def run(self, batches: Iterable[Batch], take: Callable[[Done], None], *, alone: bool = False) -> DeviceTime:
         """
-        Compute batches; they are asked for one by one, as there is room.
+        Compute batches; they are asked for one by one, as there is room, and taken in order, as they are done.
+
+        So there are never more of them than the device has work with, and few that wait for one before them.
 
         Args:
             batches: What raises in them raises here.
+            take: Called in the caller's thread with what became of each.
             alone: Let nothing else be on the device meanwhile.
         """
-        futures: list[Future[Done]] = []
+        futures: deque[Future[Done]] = deque()
+        stream_s = 0.0
+
+        def take_next() -> None:
+            nonlocal stream_s
+            one = futures.popleft().result()
+            stream_s += one.seconds * one.batch.num_shares
+            take(one)
+
         with self._turn:
             began = time.perf_counter()
             for batch in batches:
                 self._enter(alone)
                 futures.append(self._streams.submit(self._compute, batch, alone))
-        done = [future.result() for future in futures]
-        held_s = self._clock.held_s(began)
-        busy_s = sum(one.seconds * one.batch.num_shares for one in done) / self.backend.num_streams
-        return done, DeviceTime(held_s, busy_s)
+                while futures and futures[0].done():
+                    take_next()
+        while futures:
+            take_next()
+        return DeviceTime(self._clock.held_s(began), stream_s / self.backend.num_streams)
 
     def close(self) -> None:
         """End the threads; what runs is finished."""
@@ -102,10 +115,12 @@ class DeviceQueue:
         began = time.perf_counter()
         vectors, problem = None, None
         try:
-            vectors = self.backend(batch)
-        except Exception as error:  # judged by the caller, batch by batch
-            problem = error.with_traceback(None)  # whose frames hold the batch's tensors
-        if problem is not None and is_out_of_memory(problem):
-            self.backend.relieve()
-        self._room.release(self._places if alone else 1)
+            try:
+                vectors = self.backend(batch)
+            except Exception as error:  # judged by the caller, batch by batch
+                problem = error.with_traceback(None)  # whose frames hold the batch's tensors
+            if problem is not None and is_out_of_memory(problem):
+                self.backend.relieve()
+        finally:
+            self._room.release(self._places if alone else 1)
         return Done(batch, vectors, problem, time.perf_counter() - began)

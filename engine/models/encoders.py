@@ -17,7 +17,7 @@ from engine.batching import pack, pack_for_streams, pack_in_turns
 from engine.errors import InputRejected
 from engine.models.backends.base import Batch, is_out_of_memory
 from engine.models.base import Embeddings
-from engine.models.device_queue import DeviceClock, DeviceQueue
+from engine.models.device_queue import DeviceClock, DeviceQueue, Done
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -164,16 +164,14 @@ class PackedEncoder(Encoder):
         """Compute batches and put their vectors in their places; return those for which the device had no memory."""
         if not packed:
             return []
-        done, spent = self._queue.run(self._filled(tokens, packed), alone=alone)
-        encoded.held_s += spent.held_s
-        encoded.busy_s += spent.busy_s
         budgets = {budget for budget, _ in packed}
-        if len(budgets) > 1:
-            self.budget.compare(done, {budget: self._fill(tokens, budget) for budget in budgets})
-        too_large = []
+        too_large: list[Positions] = []
         lengths = tokens.lengths
-        for one in done:
+
+        def take(one: Done) -> None:
             positions = one.batch.positions
+            if len(budgets) > 1:
+                self.budget.note(one)
             if one.vectors is not None:
                 if not encoded.vectors.shape[1]:
                     encoded.vectors = np.empty((len(encoded.vectors), one.vectors.shape[1]), np.float32)
@@ -186,6 +184,12 @@ class PackedEncoder(Encoder):
                     self.budget.halve(one.batch.num_padded_tokens)
             elif one.error is not None:
                 encoded.failed.update(dict.fromkeys(positions.tolist(), one.error))
+
+        spent = self._queue.run(self._filled(tokens, packed), take, alone=alone)
+        encoded.held_s += spent.held_s
+        encoded.busy_s += spent.busy_s
+        if len(budgets) > 1:
+            self.budget.compare({budget: self._fill(tokens, budget) for budget in budgets})
         return too_large
 
     def _fill(self, tokens: Tokens, budget: int) -> float:

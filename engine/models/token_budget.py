@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -79,24 +79,26 @@ class TokenBudget:
             if is_trial:
                 self._on_trial = False
 
-    def compare(self, done: Iterable[Done], fills: Mapping[int, float]) -> None:
+    def note(self, one: Done) -> None:
+        """Note how fast a batch on trial was."""
+        with self._lock:
+            if self._is_settled or one.vectors is None:
+                return
+            speed = self._speeds.setdefault(one.batch.budget, _Speed())
+            speed.batches += 1
+            speed.padded_tokens += one.batch.num_padded_tokens
+            speed.seconds += one.seconds
+
+    def compare(self, fills: Mapping[int, float]) -> None:
         """
-        Note how fast batches on trial were, and settle for a budget once all of them can be told.
+        Settle for a budget, if enough batches of all of them were noted.
 
         Args:
-            done: Batches of several budgets.
-            fills: For each budget the share of its padded tokens that are not padding.
+            fills: For each budget on trial the share of its padded tokens that are not padding.
         """
         with self._lock:
             if self._is_settled:
                 return
-            for one in done:
-                if one.vectors is None:
-                    continue
-                speed = self._speeds.setdefault(one.batch.budget, _Speed())
-                speed.batches += 1
-                speed.padded_tokens += one.batch.num_padded_tokens
-                speed.seconds += one.seconds
             for budget, fill in fills.items():
                 self._speeds.setdefault(budget, _Speed()).fill = fill
             if all(speed.batches >= BATCHES_TO_TELL for speed in self._speeds.values()):
