@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.config import load_config
 from engine.models import registry
-from engine.pipeline import resources
-from engine.pipeline.worker import _set_threads
+from engine.pipeline import process, resources
 from engine.sources import texts
 from engine.sources.formats import read_shards
 from engine.sources.rows import Selection
@@ -37,7 +36,7 @@ class BareLoop:
         self._pending = plan.pending
         node = {"CPU": float(os.cpu_count() or 1), "GPU": float(num_gpus)}
         if num_threads := resources.decide(self._config, [node], len(plan.pending)).num_threads:
-            _set_threads(num_threads)
+            process.set_threads(num_threads)
         self.model = registry.build(registry.suited(self._config.of_model(), plan.pending_bytes))
         self.model.remember()
 

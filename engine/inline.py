@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from engine.config import validated
-from engine.errors import ConfigError, EngineError
+from engine.errors import ConfigError, EngineError, ProviderError
 from engine.model_config import ModelConfig
 from engine.models import registry
 from engine.models.embeddings import ONE_VECTOR
@@ -54,6 +54,11 @@ def _resident(config: str) -> BaseEmbeddingModel:
 
 def _embed_aside(model: BaseEmbeddingModel, texts: list[str]) -> Embeddings:
     """Run the model's coroutine to its end on the one loop that all calls share, in a thread beside the caller's."""
+    if _own_thread().is_current:
+        raise ProviderError(
+            "engine.embed was called by a model's own `embed`, which it would wait for, for ever: have the model await "
+            "another model's `embed`, or call engine.embed by asyncio.to_thread"
+        )
     return _own_thread().submit(model.embed_rows(texts)).result()
 
 

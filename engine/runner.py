@@ -267,6 +267,7 @@ def _work(asked: Survey, chosen: Resources, budget: Shared | None) -> Work:
         selection=Selection.of(config, asked.job.kept_types),
         id_column=config.id_column,
         num_threads=chosen.num_threads,
+        num_gpus=chosen.num_gpus,
         log_level=logging.getLogger("engine").getEffectiveLevel(),
         price=price_of(config),
         budget=budget,

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from engine.config import validated
 from engine.errors import ConfigError
 from engine.model_config import ModelConfig
 from engine.models import local, registry
 from engine.models.sentence_transformer import WORTH_CONVERTING_BYTES, SentenceTransformerEmbeddingModel
+from engine.pipeline.worker import EmbedWorker, Work
+from engine.sources.rows import Selection
 from tests.models import HashModel
 from tests.tiny_models import BERT, PACKAGED, bert_tokenizer, mixed, rows, save_transformer, with_modules
 
@@ -66,6 +69,16 @@ def test_openvino_on_a_gpu_is_refused(cuda, device):
         ConfigError, match=rf"for CPUs here, and the device is {device.replace('auto', 'cuda')}; use --backend"
     ):
         local.chosen(device, "openvino")
+
+
+@pytest.mark.parametrize(("num_gpus", "fractions"), [(0.5, [0.475]), (0.0, []), (1.0, []), (2.0, [])])
+def test_an_actor_with_a_share_of_a_gpu_keeps_to_that_share_of_its_memory(bert, cuda, monkeypatch, num_gpus, fractions):
+    """Else the first actor takes all that a GPU has, and the second rejects texts for want of memory."""
+    asked: list[float] = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", asked.append)
+    config = validated(ModelConfig, {"model": f"sentence-transformers:{bert}", "device": "cpu", "backend": "torch"})
+    EmbedWorker(Work(config, registry.identity(config), Selection("text"), None, 0, logging.WARNING, num_gpus=num_gpus))
+    assert asked == fractions
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import os
 import subprocess
@@ -12,8 +13,11 @@ import time
 
 import pytest
 
+import engine
+from engine.errors import EngineError
 from engine.models.loop_thread import LoopThread
 from engine.models.openai import OpenAIEmbeddingModel
+from tests.models import HashModel
 from tests.scripted import PATIENCE_S
 from tests.strict_server import serving
 
@@ -100,3 +104,26 @@ def test_a_model_that_is_let_go_of_takes_its_thread_and_its_connections_with_it(
         del model
         gc.collect()
         wait_for_the_end_of(made)
+
+
+class Nested(HashModel):
+    """A model whose `embed` calls `engine.embed`, as somebody may write it."""
+
+    async def embed(self, texts):
+        return engine.embed(texts, model="custom:tests.models.HashModel", model_args={"dimension": 4})
+
+
+class NestedAside(HashModel):
+    """The same, in a thread."""
+
+    async def embed(self, texts):
+        options = {"model": "custom:tests.models.HashModel", "model_args": {"dimension": 4}}
+        return await asyncio.to_thread(functools.partial(engine.embed, texts, **options))
+
+
+def test_a_model_that_embeds_by_engine_embed_is_told_what_to_do_and_does_not_hang():
+    """It would wait on the one loop for what is to run there; in a thread it does not."""
+    options = {"model_args": {"dimension": 4}}
+    with pytest.raises(EngineError, match="have the model await another model's `embed`, or call"):
+        engine.embed(["a text"], model=f"custom:{Nested.__module__}.Nested", **options)
+    assert engine.embed(["a text"], model=f"custom:{Nested.__module__}.NestedAside", **options).shape == (1, 4)

@@ -32,7 +32,13 @@ class LoopThread:
         self._closing: list[Closing] = []
         thread = threading.Thread(target=_run, args=(self._loop,), name=name, daemon=True)  # which does not hold `self`
         thread.start()
+        self._thread = thread
         self._end = weakref.finalize(self, _end, self._loop, thread, self._closing)
+
+    @property
+    def is_current(self) -> bool:
+        """Say whether the caller is on this very thread, which would wait for itself for ever."""
+        return threading.current_thread() is self._thread
 
     def submit(self, coroutine: Coroutine[Any, Any, _T]) -> Future[_T]:
         """Run a coroutine there."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +23,7 @@ from engine.models.api.prices import dollars
 from engine.models.base import BaseEmbeddingModel
 from engine.models.embeddings import Chunks, Embeddings, Vectors
 from engine.models.loop_thread import LoopThread
+from engine.pipeline import process
 from engine.pipeline.answered import Answered
 from engine.pipeline.budget import Shared, join
 from engine.pipeline.parcel import Item, pack, unpack
@@ -58,6 +57,8 @@ class Work:
     num_threads: int
     """For the model, on CPUs; 0 leaves them as they are."""
     log_level: int
+    num_gpus: float = 0.0
+    """Of the actor: with a share of one, it has that share of its memory."""
     price: float | None = None
     """Dollars per million tokens."""
     budget: Shared | None = None
@@ -81,7 +82,7 @@ class EmbedWorker:
     """
 
     def __init__(self, work: Work) -> None:
-        _show_logs(work.log_level)
+        process.show_logs(work.log_level)
         self._work = work
         self._thread = LoopThread("model-loop")
         self._failure: EngineError | None = None
@@ -245,38 +246,22 @@ class CommittingWorker(EmbedWorker):
 
 def _built(work: Work) -> BaseEmbeddingModel:
     if work.num_threads:
-        _set_threads(work.num_threads)
+        process.set_threads(work.num_threads)
     if registry.identity(work.model) != work.identity:
         raise Refused(
             f"the model {work.model.model} on the node of an actor is not the one on the driver's: "
             "make both the same, then run the same command again"
         )
     try:
-        return registry.build(work.model)
+        model = registry.build(work.model)
     except EngineError:
         raise
     except Exception as error:
         raise _failed(work, error) from None
+    process.keep_to_share_of_gpu(work.num_gpus)
+    return model
 
 
 def _failed(work: Work, error: Exception) -> ProviderError:
     """Name an error without its message, which comes from the model's libraries and could quote a text."""
     return ProviderError(f"the model {work.model.model} failed: {type(error).__name__}; what was committed is kept")
-
-
-def _set_threads(num_threads: int) -> None:
-    """Give the model as many threads as the actor has cores: Ray starts its processes with one."""
-    os.environ["OMP_NUM_THREADS"] = str(num_threads)  # what torch goes by when it is imported; not every model needs it
-    os.environ["RAYON_NUM_THREADS"] = str(num_threads)  # the tokenizer's
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(num_threads)
-
-
-def _show_logs(level: int) -> None:
-    """Let the engine's log lines out of the actor; Ray carries what a worker prints to the driver."""
-    root = logging.getLogger("engine")
-    if not root.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-        root.addHandler(handler)
-    root.setLevel(level)
