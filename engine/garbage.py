@@ -122,7 +122,8 @@ class _Look:
                 f"what deleted inputs left is not looked for, since the source cannot be compared: {why}"
             )
         self._committed = self.ledger.committed()
-        self._pending = {shard.id for shard in self._standing.plan.pending} if self._standing else set()
+        pending = {shard.id for shard in self._standing.plan.pending} if self._standing else set()
+        self._named = self._committed | pending
         parts = self.ledger.part_ids()
         self._files = {found[0]: File(*found) for found in self.ledger.storage.ages()}
         self._below: dict[str, list[File]] = defaultdict(list)
@@ -251,7 +252,7 @@ class _Look:
 
     def _is_unnamed(self, file: File) -> bool:
         ids = file.shard_ids
-        return bool(ids) and not ids & (self._committed | self._pending)
+        return bool(ids) and not ids & self._named
 
     def _unnamed_inputs(self) -> Iterator[File]:
         """Yield the copies of data in memory that neither a record nor a pending shard nor the source of the last run or the first names."""

@@ -114,6 +114,10 @@ class _Check:
         self._ledger = ledger
         self._job = job
         self._standing = standing
+        self._irreplaceable: frozenset[str] = frozenset()
+        """Shards whose input the source does not have any more, neither as it was nor changed."""
+        if standing:
+            self._irreplaceable = (standing.plan.unknown | standing.lost).difference(*standing.former.values())
         self._committed = sorted(ledger.committed())
         self._parts = ledger.parts()
         self._rejects = ledger.rejected()
@@ -179,13 +183,10 @@ class _Check:
 
     def sample(self, num_rows: int) -> float | None:
         """Embed rows again, spread over a few shards; return the lowest cosine to what is stored."""
-        bad = {finding.shard_id for finding in self.findings}
-        unplanned = self._standing.plan.unknown if self._standing else frozenset()
-        good = [
-            shard_id
-            for shard_id in self._committed
-            if shard_id not in bad | unplanned and self._can_be_made_again(shard_id)
-        ]
+        out = {finding.shard_id for finding in self.findings}
+        if self._standing:
+            out |= self._standing.plan.unknown
+        good = [shard_id for shard_id in self._committed if shard_id not in out and self._can_be_made_again(shard_id)]
         chance = random.Random()  # noqa: S311 - a sample, not a secret
         chosen = chance.sample(good, min(SAMPLED_SHARDS, len(good)))
         if not chosen:
@@ -280,7 +281,4 @@ class _Check:
         self.findings.append(Finding(shard_id, problem, self._again if self._can_be_made_again(shard_id) else RESTORE))
 
     def _can_be_made_again(self, shard_id: str) -> bool:
-        if self._standing is None:
-            return False
-        former = any(shard_id in ids for ids in self._standing.former.values())
-        return former or shard_id not in self._standing.plan.unknown | self._standing.lost
+        return self._standing is not None and shard_id not in self._irreplaceable

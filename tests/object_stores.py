@@ -79,6 +79,13 @@ class Store(Failing):
 
     is_conditional: bool = True
     """Whether the store knows If-None-Match."""
+    num_connections: int = 0
+    """That clients have opened so far."""
+
+    def connect(self) -> None:
+        """Note that a client has connected."""
+        with self._lock:
+            self.num_connections += 1
 
     def heal(self) -> None:
         """Let all go well again."""
@@ -92,6 +99,10 @@ class _Handler(BaseHTTPRequestHandler):
     behind: tuple[str, int]
     putting = threading.Lock()
     """moto looks and puts in two steps; S3 does both in one."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.store.connect()
 
     def answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))

@@ -23,12 +23,12 @@ import engine
 from engine.cli import main
 from engine.commits import Usage
 from engine.errors import ConfigError, CorruptOutput, Refused
-from engine.exporting import faiss_index, lance_dataset, npy
+from engine.exporting import faiss_index, lance_dataset, npy, one_file
 from engine.ledger import Ledger, part_name
 from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Shard, vectors_type
-from engine.snapshot import Snapshot
+from engine.snapshot import LivePart, Snapshot
 from engine.storage import LocalStorage
-from tests.builders import hashes_of, killed_at_each_call, make_job, make_shard
+from tests.builders import FINGERPRINT, hashes_of, killed_at_each_call, make_job, make_shard, make_table
 from tests.kills import ROOT
 from tests.test_docs import blocks
 from tests.test_quantization import DTYPES, Made, SignedModel
@@ -386,3 +386,45 @@ def publish_large(ledger: Ledger, shard: Shard) -> None:
     rows = pa.array(range(shard.start, shard.stop), pa.int64())
     table = pa.table({"id": rows, EMBEDDING: floats(numbers), TEXT_HASH: hashes_of(rows), SOURCE_ROW: rows})
     ledger.publish(table, shard=shard, fingerprint="f", rejects=[], usage=Usage())
+
+
+# Many small parts
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_rows_of_twice_as_many_parts_are_twice_the_work_to_count(tmp_path, monkeypatch, form):
+    """A million files of one row are groups of many thousand parts: to add up a group anew with each of its parts would take hours."""
+    looks = 0
+    of_part = vars(LivePart)["num_rows"]
+
+    class Spied:
+        def __get__(self, part: LivePart, _: type) -> int:
+            nonlocal looks
+            looks += 1
+            return of_part.__get__(part)
+
+        def __set__(self, part: LivePart, num_rows: int) -> None:
+            of_part.__set__(part, num_rows)
+
+    def spied(sized: Any) -> int:
+        nonlocal looks
+        looks += isinstance(sized, pa.RecordBatch)
+        return len(sized)
+
+    def looks_for(num_parts: int) -> int:
+        nonlocal looks
+        folder = tmp_path / str(num_parts)
+        ledger = Ledger(LocalStorage(str(folder)))
+        ledger.claim(make_job())
+        for number in range(num_parts):
+            shard = make_shard(1, start=number)
+            ledger.publish(
+                make_table(shard, without=()), shard=shard, fingerprint=FINGERPRINT, rejects=[], usage=Usage()
+            )
+        looks = 0
+        assert engine.export(folder, tmp_path / f"{num_parts}.{form}").num_rows == num_parts
+        return looks
+
+    monkeypatch.setattr(LivePart, "num_rows", Spied())
+    monkeypatch.setattr(one_file, "len", spied, raising=False)
+    assert looks_for(40) <= 2 * looks_for(20)

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,7 +30,7 @@ from engine.pipeline.datasource import passes
 from engine.planning import cut
 from engine.schema import SOURCE_ROW, START, TEXT, InputFile, Shard
 from engine.sources import indexes, lines, records
-from engine.sources.formats import read_shapes, read_shards
+from engine.sources.formats import FILES_AT_ONCE, read_shapes, read_shards, scan
 from engine.sources.inventory import list_inputs
 from engine.sources.records import Lines, Quoted, chunks
 from engine.sources.rows import Selection
@@ -335,6 +336,32 @@ def test_plain_text_is_a_row_a_line_or_a_row_a_file(tmp_path):
     assert (texts, reasons) == (["one\r\n\n\u2028two\rthree\nlast", None], {1: "not valid UTF-8"})
     with pytest.raises(SourceError, match=r"a\.txt is plain text and has no column 'id'"):
         read(folder, Selection("text", ("id",)))
+
+
+# Many files
+
+
+def test_while_one_file_takes_long_no_more_than_a_group_is_looked_at_ahead(tmp_path):
+    """All shapes, in the order of the files; a million files that wait for a thread would take gigabytes on the driver."""
+    write(tmp_path / "a.jsonl", [{"text": "a"}])
+    one = list_inputs([str(tmp_path)]).files[0]
+    files = [replace(one, path=f"{number}.jsonl") for number in range(FILES_AT_ONCE + 50)]
+    numbers = {indexes.key(file): number for number, file in enumerate(files)}
+    is_group_begun, is_next_begun = threading.Event(), threading.Event()
+    found: list[bool] = []
+
+    class Known(dict[str, dict[str, Any]]):
+        def get(self, key: str, default: Any = None) -> Any:
+            if numbers[key] == FILES_AT_ONCE - 1:
+                is_group_begun.set()
+            elif numbers[key] == FILES_AT_ONCE:
+                is_next_begun.set()
+            elif numbers[key] == 0:
+                found.extend((is_group_begun.wait(60), is_next_begun.wait(0.5)))
+            return default
+
+    assert [shape.file for shape in scan(files, Selection("text"), Known())] == files
+    assert found == [True, False]
 
 
 # Types

@@ -21,7 +21,7 @@ from engine.config import load_config
 from engine.errors import ConfigError, OutputInUse
 from engine.history import RUNS
 from engine.lease import LEASE, held
-from engine.ledger import part_name, record_name, rejects_name
+from engine.ledger import Ledger, part_name, record_name, rejects_name
 from engine.object_storage import PROBES, ObjectStorage
 from engine.schema import Shard, canonical_json, content_hash
 from engine.storage import LocalStorage, open_storage
@@ -142,6 +142,23 @@ def test_in_a_bucket_garbage_is_found_and_deleted_as_on_a_disk(tmp_path, monkeyp
         assert found(engine.gc(out, apply=True)) == expected
         assert not {name for name, _, _ in storage.ages()} & set().union(*expected.values())
         assert engine.verify(out, "full").ok
+
+
+def test_what_may_be_named_is_put_together_once_and_not_for_each_file(output, two_days_later, monkeypatch):
+    """Of an output of many thousand parts, that for each of them would take hours."""
+    joined: list[int] = []
+
+    class Spied(frozenset[str]):
+        def __or__(self, other):
+            joined.append(len(self))
+            return super().__or__(other)
+
+    committed = Ledger.committed
+    monkeypatch.setattr(Ledger, "committed", lambda ledger: Spied(committed(ledger)))
+    unnamed = {part_name("f" * 32), rejects_name("f" * 32)}
+    output.write(*unnamed)
+    assert found(engine.gc(output.out)) == {"unnamed": unnamed}
+    assert len(joined) <= 1
 
 
 def test_all_kinds_are_shown_and_then_exactly_these_are_deleted(output, two_days_later):

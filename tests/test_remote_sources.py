@@ -160,6 +160,17 @@ def test_a_file_is_read_in_pieces_and_in_spite_of_a_bad_store(s3, tmp_path):
     assert rows.table.num_rows == 100
 
 
+def test_files_of_one_bucket_share_their_connections(s3, tmp_path):
+    """However many there are: each connection costs round trips, and each client asks for its own credentials where a role gives them."""
+    root = f"s3://{BUCKET}/{tmp_path.name}"
+    for number in range(20):
+        put(f"{root}/{number}.parquet", parquet(1, f"{number}"))
+    files = list_inputs([root]).files
+    s3.num_connections = 0
+    assert len({texts(file)[0] for file in files}) == 20
+    assert s3.num_connections < 5
+
+
 def test_small_reads_that_follow_each_other_share_requests(s3, tmp_path):
     """A file of 10 MB, read line by line, or from its middle, is a handful of requests, and its bytes."""
     location = f"s3://{BUCKET}/{tmp_path.name}/lines.txt"

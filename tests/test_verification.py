@@ -22,7 +22,7 @@ from engine.ledger import COMMITS, REJECTS, Ledger, part_name, record_name, reje
 from engine.pipeline.publish import Commits
 from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Reject, Shard, vectors_type
 from engine.storage import LocalStorage
-from engine.survey import survey
+from engine.survey import Standing, survey
 from tests.builders import hashes_of
 from tests.models import HashModel
 
@@ -197,6 +197,32 @@ def test_what_cannot_be_made_again_is_not_moved(output):
     assert "restore the part from a copy" in verdict.findings[0].advice
     assert verdict.set_aside == []
     assert len(output.parts()) == 6
+
+
+@pytest.mark.parametrize("level", ["quick", "sample"])
+def test_what_can_be_made_again_is_found_out_once_and_not_for_each_part(output, monkeypatch, level):
+    """Of changed inputs and of those that are gone: of many thousand parts, that for each of them would take hours."""
+    os.utime(output.source / "a.parquet", ns=(1, 1))
+    looks = 0
+    of_standing = vars(Standing)["former"]
+
+    class Spied:
+        def __get__(self, standing, _):
+            nonlocal looks
+            looks += 1
+            return of_standing.__get__(standing)
+
+        def __set__(self, standing, former):
+            of_standing.__set__(standing, former)
+
+    monkeypatch.setattr(Standing, "former", Spied())
+    engine.verify(output.out, level)
+    of_none, looks = looks, 0
+    for path in output.parts():
+        truncate(path)
+    verdict = engine.verify(output.out, level, set_aside=True)
+    assert len(verdict.set_aside) >= 6
+    assert looks == of_none
 
 
 def test_a_source_out_of_reach_is_a_warning_and_the_rest_is_checked(output):

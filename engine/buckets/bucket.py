@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -59,7 +59,7 @@ class Bucket:
 
     def __init__(self, place: Place) -> None:
         self.root = place.root
-        self._once, self._patient = _connected(place.root, place, _environment(), PATIENCE_S)
+        self._once, self._patient = _connected(replace(place, key=""), _environment(), PATIENCE_S)
 
     def read(self, key: str) -> bytes:
         """Return the bytes of an object; raise FileNotFoundError if it is not there."""
@@ -173,8 +173,12 @@ def _environment() -> int:
 
 
 @lru_cache(maxsize=16)
-def _connected(root: str, place: Place, _settings: int, patience_s: float) -> tuple[ObjectStore, ObjectStore]:
-    """Connect twice: for what may be done once, and for what a library may do again by itself."""
+def _connected(bucket: Place, _settings: int, patience_s: float) -> tuple[ObjectStore, ObjectStore]:
+    """
+    Connect twice: for what may be done once, and for what a library may do again by itself.
+
+    All objects of a bucket share both: connections, and what a role gives for a while, are asked for once.
+    """
     from obstore.exceptions import BaseError
 
     patient = {
@@ -187,9 +191,9 @@ def _connected(root: str, place: Place, _settings: int, patience_s: float) -> tu
         },
     }
     try:
-        return _store(place, {"max_retries": 0}), _store(place, patient)
+        return _store(bucket, {"max_retries": 0}), _store(bucket, patient)
     except (BaseError, ValueError) as error:
-        raise explanation(error, "open", root, patience_s) from None
+        raise explanation(error, "open", bucket.root, patience_s) from None
 
 
 def _store(place: Place, retry_config: Any) -> ObjectStore:

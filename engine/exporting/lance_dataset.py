@@ -132,12 +132,14 @@ class _Change:
         """Put neighbours together until they are large enough for fragments of their own."""
         group_rows = max(1, GROUP_BYTES // (self._snapshot.width * self._snapshot.dtype.itemsize))
         group: list[LivePart] = []
+        num_grouped = 0
         for part in parts:
             if part.num_rows:
                 group.append(part)
-            if sum(known.num_rows for known in group) >= group_rows:
+                num_grouped += part.num_rows
+            if num_grouped >= group_rows:
                 yield group
-                group = []
+                group, num_grouped = [], 0
         if group:
             yield group
 

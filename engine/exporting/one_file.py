@@ -107,16 +107,17 @@ def _make(snapshot: Snapshot, stage: Staging, plan: str, index: str | None) -> N
 def _write_ids(snapshot: Snapshot, stage: Staging, manifest: Manifest) -> int:
     field = snapshot.schema.field(snapshot.id_column)
     schema = pa.schema([field], {_KEY: canonical_json(asdict(manifest)).encode()})
-    num_rows = 0
+    num_rows = num_grouped = 0
     with stage.path(_IDS).open("wb") as file:
         with pq.ParquetWriter(file, schema, compression="zstd") as writer:
             group: list[pa.RecordBatch] = []
             for batch in snapshot.batches([field.name]):
                 group.append(batch)
                 num_rows += batch.num_rows
-                if sum(map(len, group)) >= _IDS_GROUP_ROWS:
+                num_grouped += batch.num_rows
+                if num_grouped >= _IDS_GROUP_ROWS:
                     writer.write_table(pa.Table.from_batches(group))
-                    group = []
+                    group, num_grouped = [], 0
             if group:
                 writer.write_table(pa.Table.from_batches(group))
         sync(file)

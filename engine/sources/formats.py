@@ -17,6 +17,8 @@ from engine.sources.rows import Rows, Selection
 from engine.sources.shape import FileShape
 
 THREADS = 16
+FILES_AT_ONCE = 1024
+"""Handed to the threads together: a pool keeps 2 kB of each until it is looked at, and a source may have a million."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,11 @@ def scan(files: Sequence[InputFile], selection: Selection, known: indexes.Known)
         return found or kind.shape(file, selection)
 
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(look, files))
+        return [
+            shape
+            for start in range(0, len(files), FILES_AT_ONCE)
+            for shape in pool.map(look, files[start : start + FILES_AT_ONCE])
+        ]
 
 
 def new_shapes(shapes: Iterable[FileShape], known: indexes.Known) -> tuple[FileShape, ...]:
