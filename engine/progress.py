@@ -40,6 +40,8 @@ class Meter:
     tokens: int = 0
     started: float = field(default_factory=time.monotonic)
     _marks: deque[tuple[float, int, int]] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    _moment: float = 0.0
+    """When the first of the shards came that are counted together with the last one."""
 
     def start(self) -> None:
         """Begin to count the time."""
@@ -51,8 +53,10 @@ class Meter:
         self.rows += event.num_rows + event.num_rejects
         self.tokens += event.num_tokens
         now = time.monotonic()
-        if len(self._marks) > 1 and now - self._marks[-1][0] < SAME_MOMENT_S:
+        if len(self._marks) > 1 and now - self._moment < SAME_MOMENT_S:
             self._marks.pop()  # shards that travel together arrive together
+        else:
+            self._moment = now
         self._marks.append((now, self.rows, self.tokens))
         if len(self._marks) == 3 and self._marks[0][1] == 0:
             self._marks.popleft()  # the first shard carries the cold start

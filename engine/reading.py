@@ -115,5 +115,5 @@ def _in_memory(snapshot: Snapshot) -> tuple[Any, Any]:
 def _mapped(output: str, path: Path) -> tuple[Any, Any]:
     """Make the export at `path` this output, if it is not, and map it."""
     made = export(output, path, format="npy")
-    vectors = np.load(path, mmap_mode="r") if made.num_rows else np.load(path)  # what is empty cannot be mapped
+    vectors = np.load(made.to, mmap_mode="r") if made.num_rows else np.load(made.to)  # what is empty cannot be mapped
     return pq.read_table(made.ids).column(0).to_numpy(), vectors

@@ -16,14 +16,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine.commits import CommitRecord
-from engine.errors import CorruptOutput
+from engine.errors import ConfigError, CorruptOutput
 from engine.ledger import part_name, rejects_name
 from engine.models import registry
 from engine.part import format_of
@@ -83,6 +83,8 @@ def verify(
         set_aside: Move what is bad out of the way, if the next run can make it again.
         sample_rows: How many rows level `sample` embeds again.
     """
+    if level not in get_args(Level):
+        raise ConfigError(f"level {level!r}: there are {', '.join(get_args(Level))}")
     check = _Check(ledger, job, standing, level)
     check.records(level)
     check.leftovers(level)

@@ -21,6 +21,7 @@ from engine.errors import ConfigError, Refused, SourceError
 from engine.integrations import kura_checkpoints
 from engine.integrations.kura_checkpoints import conversations_to_source, summaries_to_source, with_embeddings
 from engine.integrations.kura_formats import read_checkpoint
+from tests.test_local_long_texts import Job
 
 NOON = datetime(2026, 11, 25, 12, tzinfo=UTC)
 FORMS = ["jsonl", "parquet", "datasets"]
@@ -148,6 +149,14 @@ def test_what_cannot_be_a_source_is_refused_and_leaves_nothing(summaries, tmp_pa
     assert file.read_bytes() == before
     with pytest.raises(ConfigError, match=r"no _engine/job\.json"):
         with_embeddings(summaries, kura)
+
+
+def test_vectors_of_chunks_are_not_taken_for_those_of_summaries(summaries, tmp_path):
+    """Each long one would get the vector of its beginning."""
+    job = Job(tmp_path)
+    job.run()
+    with pytest.raises(ConfigError, match="chunk-rows gives a text a vector for each of its chunks"):
+        with_embeddings([summaries[0].model_copy(update={"chat_id": "id-1"})], job.out)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -68,6 +68,19 @@ def test_a_line_has_rows_tokens_rates_and_the_time_left(clock):
     assert re.fullmatch(r"100%  1,000/1,000 rows  100 rows/s  1,500 tok/s", line)
 
 
+@pytest.mark.parametrize("gap_s", [0.05, 0.3, 0.45])
+def test_of_shards_that_come_fast_the_rate_is_that_of_the_last_ones(clock, gap_s):
+    """Many GPUs, or an API: the start does not count for ever, nor do the first minutes of a pool that has grown."""
+    meter = Meter(pending_rows=10**6)
+    meter.start()
+    clock.now += 60
+    for speed in (1, 2):
+        for _ in range(int(60 / gap_s)):
+            meter.add(ShardDone(100 * speed, 0, 2000, 1))
+            clock.now += gap_s
+        assert meter.rates[0] == pytest.approx(100 * speed / gap_s, rel=0.05)
+
+
 def test_before_the_first_shard_nothing_is_claimed(clock):
     """No rate and no time left out of thin air."""
     meter = Meter(pending_rows=1000)

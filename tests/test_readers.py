@@ -223,6 +223,16 @@ def test_mapped_vectors_are_made_once_and_anew_when_the_output_has_grown(tmp_pat
             np.testing.assert_array_equal(vectors, vectors_for([f"text {row}" for row in ids]))
 
 
+def test_vectors_are_mapped_in_the_home_folder_too(tmp_path, monkeypatch):
+    """A path with a tilde is that of the export, and of what is read."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made = Output(tmp_path, "b")
+    made.grow("")
+    _, vectors = engine.read(made.out, as_="numpy", mapped="~/vectors.npy")
+    assert len(vectors) == 50
+    assert (tmp_path / "vectors.npy").exists()
+
+
 def test_a_part_that_is_missing_or_damaged_is_an_error(output, tmp_path):
     """It names the part, and what to do; nothing is left out in silence."""
     shutil.copytree(output, tmp_path / "out")

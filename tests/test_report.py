@@ -54,7 +54,9 @@ def vectors() -> np.ndarray:
     return made.astype(np.float32)
 
 
-def make_output(folder: Path, *, keep: tuple[str, ...] = ("text", "subject", "number"), num_shards: int = 6) -> Path:
+def make_output(
+    folder: Path, *, keep: tuple[str, ...] = ("text", "subject", "number"), num_shards: int = 6, **options: Any
+) -> Path:
     """Publish an output as a run leaves it, without Ray: six shards of 40 rows, of which rows 7 and 50 are rejects."""
     (folder / "in").mkdir(parents=True)
     texts: list[str | None] = [f"{SUBJECTS[row % 3]}, says number {row}. " * (1 + row % 7) for row in range(ROWS)]
@@ -76,6 +78,7 @@ def make_output(folder: Path, *, keep: tuple[str, ...] = ("text", "subject", "nu
         id_column="id",
         keep=keep,
         shard_rows=SHARD_ROWS,
+        **options,
     )
     asked = survey(config)
     asked.ledger.claim(asked.job)
@@ -309,6 +312,16 @@ def test_a_report_of_little_or_damaged_is_a_report(tmp_path):
     assert "what is left to do cannot be told" in signs
 
 
+def test_a_column_is_not_taken_for_the_texts_where_these_are_made_of_several(tmp_path):
+    """A column `text` that is kept may be anything; the page says that there are no texts, and not to keep them."""
+    out = make_output(tmp_path, text_template="{subject} {number}")
+    engine.report(out, tmp_path / "page.html", sample_rows=50)
+    text = Page(tmp_path / "page.html").text
+    assert "texts made of several columns, and tokens row by row, are not stored" in text
+    assert "--keep" not in text
+    assert "says number" not in (tmp_path / "page.html").read_text()
+
+
 def test_what_cannot_be_done_is_one_message_and_the_old_page_stays(out, tmp_path, monkeypatch):
     """No output, no such column, no place to write, no Plotly."""
     with pytest.raises(ConfigError, match="is not an output of the engine"):
@@ -317,6 +330,8 @@ def test_what_cannot_be_done_is_one_message_and_the_old_page_stays(out, tmp_path
         engine.report(out, color_by="colour")
     with pytest.raises(ConfigError, match="sample_rows 0"):
         engine.report(out, sample_rows=0)
+    with pytest.raises(ConfigError, match="projection 'umap': there are auto, pca, tsne"):
+        engine.report(out, projection="umap")
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ConfigError, match=r"cannot be written to .*: give a file"):
         engine.report(out, tmp_path / "file/page.html", sample_rows=20)

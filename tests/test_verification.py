@@ -17,7 +17,7 @@ import pytest
 import engine
 from engine.commits import Usage
 from engine.config import JobConfig, load_config
-from engine.errors import Refused, SourceChanged
+from engine.errors import ConfigError, Refused, SourceChanged
 from engine.ledger import COMMITS, REJECTS, Ledger, part_name, record_name, rejects_name
 from engine.pipeline.publish import Commits
 from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Reject, Shard, vectors_type
@@ -151,6 +151,13 @@ def test_damage_is_found_named_set_aside_and_made_again(output, damage):
     assert output.make() == 1
     assert {path.name: path.read_bytes() for path in output.parts()} == before
     assert engine.verify(output.out, "full").ok
+
+
+@pytest.mark.parametrize("level", ["FULL", "footer", ""])
+def test_a_level_that_there_is_not_is_refused(output, level):
+    """It was taken for the quick one, and what is damaged within parts was called good."""
+    with pytest.raises(ConfigError, match=f"level '{level}': there are quick, footers, full, sample"):
+        engine.verify(output.out, level)
 
 
 def test_rows_that_are_left_are_a_finding_with_what_to_do(output):

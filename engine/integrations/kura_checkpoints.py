@@ -28,6 +28,7 @@ from kura.types import Conversation, ConversationSummary
 
 from engine.errors import ConfigError, EngineError, Refused, SourceError
 from engine.integrations.kura_formats import read_checkpoint
+from engine.models.embeddings import ONE_VECTOR
 from engine.part import vectors_of
 from engine.storage import sync_folder
 from engine.survey import opened
@@ -110,7 +111,7 @@ def with_embeddings(summaries: Iterable[ConversationSummary], output: str | Path
         output: A folder of the engine's, which may be half done: what is committed counts.
 
     Raises:
-        ConfigError: If it is no output, or its ids are not chat ids.
+        ConfigError: If it is no output, its ids are not chat ids, or a text may have several vectors.
     """
     kept = list(summaries)
     places: dict[str, list[int]] = {}
@@ -136,6 +137,8 @@ def _vectors(output: str, reasons: dict[str, str]) -> Iterator[tuple[str, np.nda
         raise ConfigError(
             f"{output} was made without id_column, so that its ids are not chat ids: run with id_column=id"
         )
+    if job.config.get("long_texts") == "chunk-rows":
+        raise ConfigError(ONE_VECTOR)
     for record in ledger.records():
         part = ledger.part(record.shard_id)  # it has its rejects in it
         vectors = vectors_of(part.table)

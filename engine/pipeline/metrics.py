@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from engine.commits import Receipt
 
 PREFIX = "engine_"
-LABELS = ("model", "job")
-JOB_LENGTH = 8
+LABELS = ("model", "fingerprint")
+"""None is called `job`, as Prometheus calls what it scrapes: of ours it would make `exported_job`."""
+FINGERPRINT_LENGTH = 8
 COUNTERS = {
     "rows": ("num_rows", "Rows that got a vector."),
     "rejects": ("num_rejects", "Rows that were rejected."),
@@ -44,7 +45,7 @@ class Metrics:
     """
 
     def __init__(self, model: str, fingerprint: str, pending_rows: int) -> None:
-        self._labels = dict(zip(LABELS, (model, fingerprint[:JOB_LENGTH]), strict=True))
+        self._labels = dict(zip(LABELS, (model, fingerprint[:FINGERPRINT_LENGTH]), strict=True))
         self._counters = {
             field: self._labelled(Counter(PREFIX + name, description, LABELS))
             for name, (field, description) in COUNTERS.items()

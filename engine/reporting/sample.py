@@ -64,7 +64,8 @@ def sample_of(
         num_rows: How many to sample at most.
         color_by: A column of the parts whose values are wanted too.
     """
-    text_column = config.text_column if config.text_column in config.keep else None
+    has_text = config.text_template is None and config.text_column in config.keep
+    text_column = config.text_column if has_text else None
     asked = _Asked(config.id_column or "id", text_column, color_by)
     total = sum(rows for _, rows in parts)
     share = min(1.0, num_rows / max(total, 1))

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from engine.buckets.place import is_bucket
 from engine.errors import ConfigError
 from engine.reporting import figures, page, summary
 from engine.reporting.facts import facts_of, reasons_of
 from engine.reporting.health import health_of
-from engine.reporting.projection import map_of
+from engine.reporting.projection import Projection, map_of
 from engine.reporting.sample import sample_of
 from engine.reporting.signs import signs
 from engine.result import Result
@@ -23,7 +23,6 @@ from engine.wording import size
 if TYPE_CHECKING:
     from engine.config import JobConfig
     from engine.ledger import Ledger
-    from engine.reporting.projection import Projection
 
 REPORT = "_engine/report.html"
 SAMPLE_ROWS = 5000
@@ -81,6 +80,8 @@ def report(
         )
     if not 1 <= sample_rows <= MAX_SAMPLE_ROWS:
         raise ConfigError(f"sample_rows {sample_rows} is not between 1 and {MAX_SAMPLE_ROWS:,}")
+    if projection not in get_args(Projection):
+        raise ConfigError(f"projection {projection!r}: there are {', '.join(get_args(Projection))}")
     ledger, job, standing, problem = resurvey(output)
     config = stored_config(job, output)
     _check_column(config, color_by)

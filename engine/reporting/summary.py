@@ -135,6 +135,8 @@ def said_of_lengths(config: JobConfig, sample: Sample) -> str:
     """Say which lengths these are, and why not others."""
     if sample.lengths:
         return f"Characters of the {len(sample.lengths):,} sampled texts; tokens are not stored row by row."
+    if config.text_template is not None:
+        return "Mean tokens a row of each shard, by its rows: texts made of several columns, and tokens row by row, are not stored."
     return (
         f"Mean tokens a row of each shard, by its rows: the output does not keep the column {config.text_column!r}, and tokens are not "
         f"stored row by row. A run with --keep {config.text_column} shows each text's length."
