@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError, Unavailable
-from engine.model_config import ModelConfig
+from engine.model_config import ModelConfig, checked_address
 from engine.models.api.answers import Reply, decoded
 from engine.models.api.limits import limits_of
 from engine.models.api.model import ApiEmbeddingModel, key_from
@@ -184,12 +184,18 @@ def _address(base_url: str | None, api_version: str | None) -> str:
     Return where to send requests: as is said, or else as the environment says.
 
     Raises:
-        ConfigError: If nobody says where Azure's resource is.
+        ConfigError: If nobody says where Azure's resource is, or what the environment says could not be stored; never quotes it.
     """
-    found = base_url or os.environ.get("AZURE_OPENAI_ENDPOINT" if api_version else "OPENAI_BASE_URL")
+    if base_url:
+        return base_url.rstrip("/")
+    variable = "AZURE_OPENAI_ENDPOINT" if api_version else "OPENAI_BASE_URL"
+    found = os.environ.get(variable)
     if not found and api_version:
         raise ConfigError("api_version: it is Azure's, whose resource --base-url or AZURE_OPENAI_ENDPOINT names")
-    return (found or OPENAI_URL).rstrip("/")
+    try:
+        return checked_address(found or OPENAI_URL)
+    except ValueError as error:
+        raise ConfigError(f"{variable}: {error}") from None
 
 
 def _terms(model_name: str, api_version: str | None) -> Terms:
