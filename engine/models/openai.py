@@ -122,9 +122,10 @@ class OpenAIEmbeddingModel(ApiEmbeddingModel):
         import httpx2
         import openai
 
+        encoding = self._encoding  # of this request: others that are on their way may find out meanwhile
         try:
             # Not `embeddings.create`, which looks at the type of every text, and makes an object of every vector.
-            body = {"model": self.model_name, "input": list(texts), "encoding_format": self._encoding, **self._wanted}
+            body = {"model": self.model_name, "input": list(texts), "encoding_format": encoding, **self._wanted}
             answer = await self._connected().post("/embeddings", cast_to=httpx2.Response, body=body)
         except openai.APIStatusError as error:
             refused = error.response
@@ -134,7 +135,7 @@ class OpenAIEmbeddingModel(ApiEmbeddingModel):
             vectors, num_tokens = await asyncio.to_thread(decoded, answer.content, len(texts))
             return Reply(vectors, num_tokens, limits_of(answer.headers))
         # out here the SDK's error, which quotes the server, is not the context of ours
-        if self._encoding == "base64" and refused.status_code in (400, 422) and _is_about_encoding(refused.content):
+        if encoding == "base64" and refused.status_code in (400, 422) and _is_about_encoding(refused.content):
             self._encoding = "float"  # it does not know base64
             return await self.request(texts)
         raise refusal(refused.status_code, refused.headers, refused.content, texts, [self._key])
