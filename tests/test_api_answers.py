@@ -235,6 +235,16 @@ def test_base64_that_is_refused_of_several_requests_at_once_rejects_no_text(serv
     assert 1 < server.stats()["statuses"]["400"] <= 4
 
 
+@pytest.mark.parametrize("kind", LASTING + NEEDS_TWO)
+def test_the_tokens_of_a_bad_answer_are_counted(server, client, kind):
+    """It is paid like a good one, and what is asked for again is paid again."""
+    server.behave(faults=[{"kind": kind, "times": 1}])
+    before = server.stats()["tokens_paid"]
+    answer = client.rows(TEXTS)
+    assert len(client.books.sent) == 2
+    assert answer.num_tokens == server.stats()["tokens_paid"] - before
+
+
 def test_tokens_are_those_that_the_server_says(server, connect):
     """They are what is paid."""
     answer = connect(EXACT).rows(TEXTS)
