@@ -21,7 +21,6 @@ from engine.overview import untold
 from engine.planning import parcels
 from engine.results import Finding, PlanResult, RunResult
 from engine.sources import in_memory, indexes
-from engine.sources.opening import is_staged_source
 from engine.storage import open_storage
 from engine.survey import resurvey, survey
 from engine.tally import Tally
@@ -103,15 +102,15 @@ def run(config: JobConfig, on_event: OnEvent | None = None) -> RunResult:
         asked = survey(config)  # another driver was first, and its cuts hold
     storage = asked.ledger.storage
     indexes.save(storage, asked.found)
-    if is_staged_source(config.source):
-        in_memory.remember(storage, config.source)
     storage.collect_staging()
-    if not asked.standing.plan.pending and not switching.is_due(asked.standing):
+    has_work = asked.standing.plan.pending or switching.is_due(asked.standing)
+    if not has_work and not in_memory.is_new(storage, config.source):
         tally.done_before_rows = asked.standing.plan.done_rows
         return tally.result(asked)
     with lease.held(storage, config.if_in_use) as owned, history.recorded(storage) as entry:
         if owned.was_contested:
             asked = survey(config)
+        in_memory.remember(storage, config.source)
         asked = _repaired(asked, tally)
         if asked.standing.plan.pending:
             _stream(asked, tally, on_event or (lambda _: None), owned, entry)

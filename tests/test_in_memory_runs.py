@@ -21,9 +21,11 @@ import ray
 import ray.data
 
 import engine
+from engine import lease
 from engine.cli import main
-from engine.errors import FingerprintMismatch, SourceError
+from engine.errors import FingerprintMismatch, OutputInUse, SourceError
 from engine.sources import in_memory
+from engine.storage import open_storage
 from tests.kills import ROOT, wait_until
 from tests.models import HashModel
 
@@ -117,6 +119,22 @@ def test_a_table_that_grew_is_pending_where_it_did(tmp_path, monkeypatch):
     assert engine.status(tmp_path / "out").num_rows == 150
     assert engine.verify(tmp_path / "out", "full").ok
     assert vectors_in(tmp_path / "out")["rows-000000000120#7"] == HashModel().vector("more 7").tolist()
+
+
+def test_a_run_that_finds_the_output_in_use_does_not_say_what_it_is_of(tmp_path):
+    """Refused by the lease, with rows to embed or without any: status, verify and `memory:` still go by the table of the last run."""
+    out, frame = tmp_path / "out", pd.DataFrame(ROWS)
+    run(frame, out)
+    names = {path.name for path in (out / "_engine/runs").iterdir()}
+    with lease.held(open_storage(str(out)), "refuse"):
+        for other in (pd.concat([frame, frame.assign(id=frame["id"] + " again")]), frame.head(0)):
+            with pytest.raises(OutputInUse):
+                run(other, out)
+            assert engine.status(out).pending_rows == 0
+            assert engine.plan(source="memory:", output=out, model=HASH, id_column="id").num_rows == 90
+        assert run(frame, out).done_before_rows == 90  # it has nothing to say
+    assert engine.verify(out).ok
+    assert {path.name for path in (out / "_engine/runs").iterdir()} == names
 
 
 def test_a_template_and_ids_that_repeat_go_through_a_run(tmp_path):

@@ -27,7 +27,7 @@ from engine.errors import SourceError
 from engine.schema import FAULT, InputFile, canonical_json, content_hash
 from engine.sources.content import canonical, content_of
 from engine.sources.inventory import Inventory
-from engine.sources.opening import INPUTS, MEMORY
+from engine.sources.opening import INPUTS, MEMORY, is_staged_source
 from engine.sources.rows import Selection
 
 logger = logging.getLogger(__name__)
@@ -213,9 +213,14 @@ def current(store: Store) -> str | None:
         return None
 
 
+def is_new(store: Store, sources: Sequence[str]) -> bool:
+    """Say whether a run's source is in memory, and another than the last run went by."""
+    return is_staged_source(sources) and sources[0] not in (MEMORY, current(store))
+
+
 def remember(store: Store, sources: Sequence[str]) -> None:
-    """Note which source a run goes by, once the output is its own."""
-    if sources[0] not in (MEMORY, current(store)):
+    """Note which source a run goes by: once it has the lease, since one that is refused does not say what the output is of."""
+    if is_new(store, sources):
         store.replace(CURRENT, canonical_json({"source": sources[0]}).encode())
 
 
