@@ -114,7 +114,8 @@ def run(config: JobConfig, on_event: OnEvent | None = None) -> RunResult:
         asked = _repaired(asked, tally)
         if asked.standing.plan.pending:
             _stream(asked, tally, on_event or (lambda _: None), owned, entry)
-        tally.num_changed_inputs = switching.switch(asked.ledger, asked.standing, owned.check)
+        if not asked.standing.is_recut or not asked.left():
+            tally.num_changed_inputs = switching.switch(asked.ledger, asked.standing, owned.check)
         logger.info("embedding done: %d embeddings, %d rejects", tally.num_rows, tally.num_rejects)
         result = tally.result(asked)
         entry.ended(result)
@@ -227,8 +228,7 @@ def _stream(asked: Survey, tally: Tally, on_event: OnEvent, owned: Lease, entry:
                 tally.stopped = stopped.message
                 return
         # The ledger decides whether all is done, not what Ray brought.
-        left = {shard.id for shard in todo.pending} - asked.ledger.committed()
-        if left:
+        if left := asked.left():
             raise EngineError(
                 f"Ray finished, and {len(left)} of {len(todo.pending)} shards are not committed: what was committed is "
                 "kept; run the same command again"

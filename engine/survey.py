@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from collections.abc import Set as AbstractSet
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from engine.config import JobConfig, validated
-from engine.errors import ConfigError, CorruptOutput, EngineError, Refused, SourceChanged, SourceError
+from engine.errors import ConfigError, CorruptOutput, EngineError, Refused, SourceError
 from engine.ledger import Ledger
 from engine.models import registry
 from engine.planning import Plan, choose_shard_rows, make_plan
 from engine.schema import FORMAT_VERSION, InputFile, Job, fingerprint_of, utc_now
 from engine.sources import in_memory, indexes
 from engine.sources.formats import joined, new_shapes, scan
-from engine.sources.inventory import Inventory, absolute, is_there, list_inputs
+from engine.sources.inventory import Inventory, absolute, list_inputs
 from engine.sources.opening import is_staged_source
 from engine.sources.rows import Selection
 from engine.sources.shape import FileShape
 from engine.storage import Storage, open_storage
+from engine.unlisted import unlisted
 from engine.version import __version__
 from engine.wording import count
 
@@ -47,10 +46,21 @@ class Standing:
     """Number of the last time that some did."""
 
     @property
+    def is_recut(self) -> bool:
+        """
+        Rows of a source in memory are committed in blocks that it does not have any more, and are in others now. Which are in which is not
+        known, so all new ones take the place of the former at once.
+        """
+        return bool(self.former.keys() - {file.path for file in self.files})
+
+    @property
     def told(self) -> list[str]:
         """The warnings, and which inputs changed: as long as their new rows did not take the place of the former ones."""
         if not self.former:
             return list(self.warnings)
+        if self.is_recut:
+            moved = "the source has its rows in other blocks than those that are committed: its new blocks take the place of the former ones "
+            return [f"{moved}once all of them are embedded", *self.warnings]
         whose = "it" if len(self.former) == 1 else "them"
         changed = (
             f"{count(len(self.former), 'input')} changed since rows of {whose} were committed: the new rows take the place of the former "
@@ -73,6 +83,10 @@ class Survey:
     """As it is stored, or as a first run would store it."""
     found: tuple[FileShape, ...] = ()
     """Of files that had to be scanned: for the run to keep, once the output is its own."""
+
+    def left(self) -> set[str]:
+        """Return the ids of the shards that were pending and are not committed yet."""
+        return {shard.id for shard in self.standing.plan.pending} - self.ledger.committed()
 
 
 def survey(config: JobConfig, inputs: Storage | None = None) -> Survey:
@@ -173,7 +187,7 @@ def _compare(ledger: Ledger, job: Job, inventory: Inventory, shapes: list[FileSh
     gone = shards.committed - parts
     todo = make_plan(shapes, shard_rows=job.shard_rows, fingerprint=job.fingerprint, committed=shards.committed - gone)
     missing = frozenset(shard.id for shard in todo.pending if shard.id in gone)
-    former, warnings = _unknown(ledger, todo, gone - missing, inventory, job)
+    former, warnings = unlisted(ledger, todo, gone - missing, inventory, job)
     if missing:
         warnings.append(f"{len(missing)} parts are gone although they were committed: a run makes them again")
     lost = gone - missing - frozenset().union(*former.values())
@@ -225,66 +239,4 @@ def _check_stored(config: JobConfig, stored: Job, asked: Job) -> None:
         raise Refused(
             f"the kept columns have other types than in {config.output}: {asked.kept_types} against {stored.kept_types}; "
             "make them the same, or use another output folder"
-        )
-
-
-def _unknown(
-    ledger: Ledger, todo: Plan, lost: AbstractSet[str], inventory: Inventory, job: Job
-) -> tuple[dict[str, frozenset[str]], list[str]]:
-    """
-    Look at committed shards that the inventory does not have, those whose part is lost among them.
-
-    Rows of a changed input stay in the output until its new ones take their place; those of one that is gone stay. Where going on could
-    embed rows a second time under another id, it is refused: their file has another name, or the source is named from another folder.
-
-    Returns:
-        The shards of changed inputs, by path, and warnings.
-    """
-    if inventory.base != job.base and len(todo.pending) == todo.num_shards:
-        raise Refused(
-            f"{ledger.root} was begun for sources below {job.base}, and none of the shards below {inventory.base} is in it: "
-            "name the source as the first run did, or use another output folder"
-        )
-    if not todo.unknown and not lost:
-        return {}, []
-    former, absent = _former(ledger, todo, lost, inventory)
-    if inventory.base != job.base and absent:
-        raise Refused(
-            f"{ledger.root} was made from {job.base}, and {len(absent)} of its inputs are not below {inventory.base} "
-            f"({min(absent)}): name the source as the first run did, or use another output folder"
-        )
-    return {path: frozenset(ids) for path, ids in former.items()}, list(_told(absent, job))
-
-
-def _former(
-    ledger: Ledger, todo: Plan, lost: AbstractSet[str], inventory: Inventory
-) -> tuple[dict[str, set[str]], set[str]]:
-    """Return the shards of changed inputs, by path, and the paths of the inputs that the inventory does not have."""
-    listed = {file.path for file in inventory.files}
-    # Of those with rows to do: in object stores, where equal content has an equal version, copies look like one file.
-    same_file = {(shard.file.size, shard.file.version): shard.file for shard in todo.pending}
-    former: dict[str, set[str]] = defaultdict(set)
-    absent: set[str] = set()
-    for record in ledger.records(sorted(todo.unknown | lost)):
-        if record.path in listed:
-            former[record.path].add(record.shard_id)
-        elif record.shard_id not in lost:
-            if (file := same_file.get((record.size, record.version))) is not None:
-                raise SourceChanged(
-                    f"{file.location} looks like {record.path} under another name, and rows of that are committed: name it as it was, "
-                    "or use another output folder"
-                )
-            absent.add(record.path)
-    return former, absent
-
-
-def _told(absent: set[str], job: Job) -> Iterator[str]:
-    """Say what becomes of rows of inputs that are not there any more."""
-    gone = {path for path in absent if not is_there(job.base, path)}
-    if gone:
-        yield f"{len(gone)} inputs are gone whose rows are in the output, and stay there: {min(gone)}"
-    if absent - gone:
-        yield (
-            f"{len(absent - gone)} inputs are not in the source any more whose rows are in the output, and stay there: "
-            f"{min(absent - gone)}"
         )

@@ -7,8 +7,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import datasets
 import numpy as np
@@ -21,11 +24,13 @@ import ray
 import ray.data
 
 import engine
-from engine import lease
+from engine import lease, runner, unlisted
 from engine.cli import main
 from engine.errors import FingerprintMismatch, OutputInUse, SourceError
+from engine.events import ShardDone
+from engine.progress import Progress
 from engine.sources import in_memory
-from engine.storage import open_storage
+from engine.storage import LocalStorage, open_storage
 from tests.kills import ROOT, wait_until
 from tests.models import HashModel
 
@@ -154,6 +159,79 @@ def test_a_template_and_ids_that_repeat_go_through_a_run(tmp_path):
     told = engine.verify(tmp_path / "out", "full")
     assert told.ok
     assert "3 ids occur more than once, in 6 rows" in told.warnings[-1]
+
+
+# Rows in other blocks
+
+SMALL = {"shard_rows": 4}
+
+
+def interrupted(source: Any, out: Path) -> None:
+    """Run, and interrupt it when no more than the first parcel, of 64 rows, is committed."""
+
+    def interrupt(_shown: Progress, event: Any) -> None:
+        if isinstance(event, ShardDone):
+            raise KeyboardInterrupt
+
+    first = partial(lambda original, *args: islice(original(*args), 1), runner.parcels)
+    with patch.object(Progress, "__call__", interrupt), patch.object(runner, "parcels", first):
+        result = engine.run(source=source, output=out, model=HASH, id_column="id", num_actors=1, **SMALL)
+    assert result.num_rows
+    assert result.pending_rows
+
+
+def check(out: Path, rows: dict[str, list]) -> None:
+    """Make sure that each row is in the output once, and that nothing is left to do or to say."""
+    assert vectors_in(out) == expected(rows)
+    verdict = engine.verify(out, "full")
+    assert (verdict.ok, verdict.warnings) == (True, []), verdict
+    assert engine.status(out).pending_rows == 0
+
+
+@pytest.fixture
+def small_blocks(monkeypatch) -> None:
+    monkeypatch.setattr(in_memory, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(in_memory, "PIECE_ROWS", 8)
+    monkeypatch.setattr(in_memory, "BLOCK_BYTES", 4000)
+
+
+def long_rows(num_rows: int, longer: range = range(0)) -> dict[str, list]:
+    texts = [f"text {row} " + "long " * (20 + 40 * (row in longer)) for row in range(num_rows)]
+    return {"id": [f"id-{row}" for row in range(num_rows)], "text": texts}
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_rows_of_a_table_that_come_into_other_blocks_are_there_once(tmp_path):
+    """Longer texts end a block earlier: all blocks to the next fixed row begin elsewhere. Readers see the former rows until all new ones are there."""
+    out, before, after = tmp_path / "out", long_rows(120), long_rows(130, range(4, 8))
+    run(before, out, **SMALL)
+    interrupted(after, out)
+    assert vectors_in(out) == expected(before)
+    assert "its new blocks take the place of the former ones" in engine.status(out).warnings[0]
+    now = LocalStorage._now
+    with patch.object(LocalStorage, "_now", lambda storage: now(storage) + 2 * 24 * 3600):
+        engine.gc(out, apply=True)
+    assert vectors_in(out) == expected(before)
+    result = run(after, out, **SMALL)
+    assert 0 < result.done_before_rows < 130
+    assert result.num_reused == result.num_rows - 10  # all but those behind the last
+    check(out, after)
+    assert run(after, out, **SMALL).done_before_rows == 130
+    interrupted(before, out)
+    assert run(after, out, **SMALL).num_rows == 0  # what waited is put away
+    check(out, after)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_an_output_that_has_rows_twice_from_blocks_of_before_is_put_right(tmp_path):
+    """As the engine left it before it knew of blocks that move; nothing has to be embedded for it."""
+    out, after = tmp_path / "out", long_rows(120, range(4, 8))
+    run(long_rows(120), out)
+    with patch.object(unlisted, "_is_moved", return_value=False):
+        run(after, out)
+    assert pads.dataset(out / "data").count_rows() > 120
+    assert run(after, out).num_rows == 0
+    check(out, after)
 
 
 SCRIPT = """
