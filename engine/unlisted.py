@@ -2,8 +2,8 @@
 Committed shards that the source does not have as they were: of inputs that changed, that are gone, or whose rows are in others now.
 
 Rows of a changed input stay in the output until its new ones take their place; those of one that is gone stay. A source in memory has no
-inputs but the blocks that it was cut into, and may be cut otherwise the next time, since that goes by the length of its texts. Then its
-former blocks are not gone: their rows are in the new ones.
+inputs but the blocks that it was cut into, and may be cut otherwise the next time: a table by the length of its texts, a Ray Dataset by the
+size of the cluster. Then its former blocks are not gone: their rows are in the new ones.
 """
 
 from __future__ import annotations
@@ -92,13 +92,14 @@ def _is_moved(record: CommitRecord, inventory: Inventory, num_rows: int) -> bool
     """
     Say whether rows of a block that is not listed are in others now.
 
-    Those of a table are, unless it has become so short that it ends before them.
+    Those of a table are, unless it has become so short that it ends before them. A Ray Dataset is what its blocks hold now: which rows of
+    former ones are among them cannot be told.
     """
     if inventory.base != MEMORY or not inventory.files:
         return False
     start = in_memory.first_row(record.path)
     if start is None or in_memory.first_row(inventory.files[0].path) is None:
-        return False
+        return True
     return start + record.start < num_rows
 
 

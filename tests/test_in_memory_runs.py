@@ -234,6 +234,29 @@ def test_an_output_that_has_rows_twice_from_blocks_of_before_is_put_right(tmp_pa
     check(out, after)
 
 
+def test_a_ray_dataset_of_other_blocks_is_the_same_rows(tmp_path):
+    """As a cluster of another size cuts it: begun in one layout, gone on with in another, then with a row that changed. Each row is there once."""
+    rows = {"id": [f"id-{row}" for row in range(90)], "text": [f"text {row}" for row in range(90)]}
+    out, dataset = tmp_path / "out", ray.data.from_arrow(pa.table(rows))
+    interrupted(dataset.repartition(3).materialize(), out)
+    begun = vectors_in(out)
+    result = run(dataset.repartition(7).materialize(), out, **SMALL)
+    assert (result.num_rows, result.pending_rows, result.num_reused) == (90, 0, len(begun))
+    check(out, rows)
+    rows["text"][40] = "another text"
+    changed = ray.data.from_arrow(pa.table(rows)).repartition(2).materialize()
+    interrupted(changed, out)
+    assert len(vectors_in(out)) == 90
+    assert vectors_in(out)["id-40"] == HashModel().vector("text 40").tolist()
+    result = run(changed, out, **SMALL)
+    check(out, rows)
+    fewer = {name: values[:50] for name, values in rows.items()}
+    run(ray.data.from_arrow(pa.table(fewer)), out, **SMALL)
+    check(out, fewer)
+    run(pa.table(rows), out, **SMALL)  # no longer from Ray
+    check(out, rows)
+
+
 SCRIPT = """
 import sys
 import pandas as pd
