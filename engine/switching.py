@@ -61,8 +61,9 @@ def finish(ledger: Ledger) -> None:
     for written in Switches.of(ledger.storage).open:
         add = {_file(shard_id): held_name(shard_id) for shard_id in written.add}
         drop = {_file(shard_id): former_name(shard_id, "part") for shard_id in written.drop}
+        ledger.make_room({f"{DATA}/{name}": to for name, to in drop.items()})
         exchange(ledger.storage, DATA, add=add, drop=drop)
-        ledger.supersede(written.drop, written.number)
+        ledger.supersede(written.drop)
         ledger.storage.create(written.done_name(), b"")
 
 
