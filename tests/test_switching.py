@@ -23,6 +23,7 @@ import engine
 from engine import exchange, places, switching
 from engine.config import JobConfig, load_config
 from engine.errors import EngineError, SourceChanged
+from engine.ledger import Ledger
 from engine.object_storage import ObjectStorage
 from engine.places import DATA, HELD, SUPERSEDED, held_name, part_name
 from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH
@@ -392,6 +393,53 @@ def until_none_is(left: Iterator[int], original: Callable[..., Any]) -> Callable
         return original(*args)
 
     return act
+
+
+def die_before_the_record(job: Job, num_committed: int) -> Survey:
+    """Let a run over a new input end between the part of a shard and its record, after some other shards."""
+    job.write("b.parquet", OLD)
+    embed(job.config, num_committed)
+    asked = survey(job.config)
+    dying = patch.object(Ledger, "_record", side_effect=ConnectionAbortedError)
+    with dying, pytest.raises(ConnectionAbortedError):
+        publish(asked, 1)
+    return asked
+
+
+@pytest.mark.parametrize("num_committed", [0, 1])
+def test_a_part_that_a_dead_run_left_goes_with_the_former_rows_if_its_input_changes(any_job, num_committed):
+    """It has no record, and readers of the folder see it: with the new rows it would be there twice."""
+    die_before_the_record(any_job, num_committed)
+    before = parts(any_job.out)
+    any_job.write("b.parquet", LONGER)
+    embed(any_job.config, 2)
+    assert parts(any_job.out) == before  # not some new rows beside it
+    embed(any_job.config)
+    any_job.check()
+    assert parts(any_job.out) == opened(any_job.out)[0].live()
+
+
+def test_a_part_that_a_dead_run_left_beside_new_rows_is_found_and_taken_out(job, tmp_path):
+    """As older engines did: the rows are there twice for who reads the folder."""
+    died = die_before_the_record(job, 0)
+    left = Path(job.out, part_name(died.standing.plan.pending[0].id))
+    left.rename(tmp_path / "left")
+    job.write("b.parquet", LONGER)
+    embed(job.config)
+    (tmp_path / "left").rename(left)
+    found = engine.verify(job.out, "full").findings
+    assert ["1 parts without a record are of inputs that changed" in finding.problem for finding in found] == [True]
+    embed(job.config)
+    job.check()
+
+
+def test_a_part_without_a_record_whose_input_is_gone_is_for_gc(job):
+    """No run takes it up, and `verify` does not say that one does."""
+    die_before_the_record(job, 0)
+    (job.source / "b.parquet").unlink()
+    verdict = engine.verify(job.out, "full")
+    assert verdict.warnings == ["1 parts have no record, and no run will make it: see `engine gc`"]
+    assert not embed(job.config).standing.former
 
 
 def test_a_run_that_others_have_overtaken_puts_nothing_old_in(job):
