@@ -182,21 +182,22 @@ class Ledger(Records):
 
     def forget(self, shard_id: str) -> None:
         """Move the record of a shard whose part is gone out of the way; do nothing if the part is there after all."""
-        if not any(places.is_there(self.storage, name_of(shard_id)) for name_of in (held_name, part_name)):
-            self.move_aside((record_name(shard_id), rejects_name(shard_id)))
+        if not self._has_part(shard_id):
+            self.set_aside(shard_id)
 
     def set_aside(self, shard_id: str) -> list[str]:
         """
         Move a shard's files out of the way, so that the next run makes it again. Nothing is deleted.
 
         The record goes first: a shard without a record is pending, whatever else of it is left. The part goes last: as long as it
-        is there, its rejects can be made from it.
+        is there, its rejects can be made from it. If it is gone, the rejects go before the record: a shard that is made again may have
+        others, and without a record nothing would tell that these are left over.
 
         Returns:
             The names under which the files lie now.
         """
-        names = [name_of(shard_id) for name_of in (record_name, rejects_name, held_name, part_name)]
-        return self.move_aside(names)
+        first = (record_name, rejects_name) if self._has_part(shard_id) else (rejects_name, record_name)
+        return self.move_aside([name_of(shard_id) for name_of in (*first, held_name, part_name)])
 
     def supersede(self, shard_ids: Collection[str]) -> None:
         """Move shards to those that others have taken the place of: records first, parts last. Nothing is deleted."""
@@ -218,7 +219,7 @@ class Ledger(Records):
         """
         taken = set(self.storage.names(places.SUPERSEDED))
         for name, to in moves.items():
-            if to.rpartition("/")[2] in taken and self._differ(name, to):
+            if to.rpartition("/")[2] in taken and places.differ(self.storage, name, to):
                 stem, _, kind = to.rpartition(".")
                 self.storage.rename(to, f"{stem}-{time.time_ns()}.{kind}")
 
@@ -278,12 +279,8 @@ class Ledger(Records):
                 f"the model answers otherwise than when {self.root} was begun:\n  {lines}\nUse another output folder"
             )
 
-    def _differ(self, name: str, other: str) -> bool:
-        """Say whether two files are both there, and are not the same bytes."""
-        try:
-            return self.storage.read(name) != self.storage.read(other)
-        except FileNotFoundError:
-            return False
+    def _has_part(self, shard_id: str) -> bool:
+        return any(places.is_there(self.storage, name_of(shard_id)) for name_of in (held_name, part_name))
 
     def _create_same(self, name: str, data: bytes, shard_id: str) -> None:
         if self.storage.create(name, data):

@@ -129,3 +129,11 @@ def is_there(storage: Storage, name: str) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def differ(storage: Storage, name: str, other: str) -> bool:
+    """Say whether two files are both there, and are not the same bytes."""
+    try:
+        return storage.read(name) != storage.read(other)
+    except FileNotFoundError:
+        return False
