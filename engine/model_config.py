@@ -118,17 +118,7 @@ class ModelConfig(BaseModel):
     @field_validator("base_url")
     @classmethod
     def _is_address(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("not an address, such as http://127.0.0.1:8000/v1")
-        if parts.username or parts.password or parts.query:
-            raise ValueError(
-                "an address with a user, a password or a query would be stored with the output; give the key in the workers' "
-                "environment or by key_file"
-            )
-        return value.rstrip("/")
+        return None if value is None else checked_address(value)
 
     @field_validator("model")
     @classmethod
@@ -162,6 +152,27 @@ class ModelConfig(BaseModel):
     def settings(self, options: AbstractSet[str]) -> dict[str, Any]:
         """Return the settings that decide the vectors, of those in `options`, which the model goes by, for the fingerprint."""
         return deciding(ModelConfig, self, options)
+
+
+def checked_address(value: str) -> str:
+    """
+    Return the address of an API, without the slash at its end.
+
+    Raises:
+        ValueError: If it is none, or holds what must not be stored with the output; it never quotes the value.
+    """
+    try:
+        parts = urlsplit(value)
+    except ValueError:  # which may quote it
+        parts = urlsplit("")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("not an address, such as http://127.0.0.1:8000/v1")
+    if parts.username or parts.password or parts.query:
+        raise ValueError(
+            "an address with a user, a password or a query would be stored with the output; give the key in the workers' "
+            "environment or by key_file"
+        )
+    return value.rstrip("/")
 
 
 def deciding(kind: type[BaseModel], config: BaseModel, options: AbstractSet[str]) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def run(config: JobConfig, on_event: OnEvent | None = None) -> RunResult:
     tally = Tally()
     asked = survey(config)
     check_reuse(asked)
-    max_tokens = _max_tokens(asked)
+    _check_price(asked)
     if asked.standing.plan.pending:
         asked.ledger.storage.probe()
     if asked.ledger.claim(asked.job) != asked.job:
@@ -114,7 +114,7 @@ def run(config: JobConfig, on_event: OnEvent | None = None) -> RunResult:
             asked = survey(config)
         asked = _repaired(asked, tally)
         if asked.standing.plan.pending:
-            _stream(asked, tally, on_event or (lambda _: None), max_tokens, owned, entry)
+            _stream(asked, tally, on_event or (lambda _: None), owned, entry)
         tally.num_changed_inputs = switching.switch(asked.ledger, asked.standing, owned.check)
         logger.info("embedding done: %d embeddings, %d rejects", tally.num_rows, tally.num_rejects)
         result = tally.result(asked)
@@ -171,30 +171,27 @@ def _adopt(asked: Survey, tally: Tally) -> int:
     return len(shards)
 
 
-def _max_tokens(asked: Survey) -> float | None:
-    """
-    Return how many tokens `max_cost` leaves for this run, after what the committed shards have cost.
-
-    Raises:
-        ConfigError: If nobody knows what a token costs.
-    """
-    if asked.config.max_cost is None:
-        return None
-    price = price_of(asked.config)
-    if price is None:
+def _check_price(asked: Survey) -> None:
+    """Refuse `max_cost` where nobody knows what a token costs."""
+    if asked.config.max_cost is not None and price_of(asked.config) is None:
         raise ConfigError(
             f"max_cost: the price of {asked.config.model} is not known: give --token-price, or leave --max-cost out"
         )
+
+
+def _max_tokens(asked: Survey) -> float | None:
+    """Return how many tokens `max_cost` leaves for this run, after what the committed shards have cost: to be asked once none can be added."""
+    price = price_of(asked.config)
+    if asked.config.max_cost is None or not price:
+        return None
     spent = sum(record.usage.cost or 0.0 for record in asked.ledger.records(sorted(asked.ledger.committed())))
     spent += sum(former.cost or 0.0 for former in switches.since(asked.ledger.storage, 0))
     if (sampled := stored_calibration(asked.ledger.storage)) and sampled.usage:
         spent += sampled.usage.cost or 0.0
-    return (asked.config.max_cost - spent) / price * MILLION if price else None
+    return (asked.config.max_cost - spent) / price * MILLION
 
 
-def _stream(
-    asked: Survey, tally: Tally, on_event: OnEvent, max_tokens: float | None, owned: Lease, entry: Entry
-) -> None:
+def _stream(asked: Survey, tally: Tally, on_event: OnEvent, owned: Lease, entry: Entry) -> None:
     """Send the pending shards through Ray, and count their receipts until they are all in or somebody interrupts."""
     from engine.pipeline import cluster, resources
     from engine.pipeline.metrics import Metrics
@@ -214,7 +211,7 @@ def _stream(
         on_event(PoolStarted(chosen.max_actors, chosen.kind))
         tally.shards_at_risk = chosen.parcels_inside * chosen.max_actors
         exported = Metrics(asked.config.model, asked.job.fingerprint, todo.pending_rows)
-        with _budget(asked.config, chosen, max_tokens, tally) as budget:
+        with _budget(asked.config, chosen, _max_tokens(asked), tally) as budget:
             try:
                 work = _calibrated(asked, chosen, _work(asked, chosen, budget), tally, owned)
                 work = replace(work, reuse=reuse_index(asked))

@@ -389,7 +389,7 @@ class StrictServer:
             raise Refusal(400, "We could not parse the JSON body of your request.") from None
         self.max_inputs = max(self.max_inputs, len(query.texts))
         self._admit(query)
-        admitted_s, fault = time.monotonic(), self._next_fault(query.texts)
+        admitted_s, fault = time.monotonic(), self._next_fault(query)
         await asyncio.sleep(self.settings.latency_s)
         kind = fault.get("kind")
         query.odd = next((at for at, text in enumerate(query.texts) if fault.get("containing", "") in text), 0)
@@ -431,11 +431,13 @@ class StrictServer:
             headers |= {f"x-ratelimit-{word}-{name}": str(value) for word, value in values.items()}
         return headers
 
-    def _next_fault(self, texts: list[str]) -> dict[str, Any]:
-        """The first fault with times left that concerns these texts; {} if none does."""
+    def _next_fault(self, query: Query) -> dict[str, Any]:
+        """The first fault with times left that concerns a request, by its texts or as it asks for base64; {} if none does."""
         for fault in self.settings.faults:
             part = fault.get("containing")
-            if fault.setdefault("times", 1) and (part is None or any(part in text for text in texts)):
+            if fault.get("base64") and not query.base64:
+                continue
+            if fault.setdefault("times", 1) and (part is None or any(part in text for text in query.texts)):
                 fault["times"] -= fault["times"] > 0
                 return fault
         return {}

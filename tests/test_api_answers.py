@@ -221,6 +221,30 @@ def test_a_server_that_refuses_base64_is_asked_for_floats(server, connect, statu
     assert server.stats()["statuses"] == {str(status): 1, "200": 2}
 
 
+def test_base64_that_is_refused_of_several_requests_at_once_rejects_no_text(server, connect):
+    """They were on their way before the first refusal told it, and each holds one text alone."""
+    message = "encoding_format base64 is not supported"
+    server.behave(
+        latency_s=0.2, faults=[{"kind": "status", "status": 400, "message": message, "base64": True, "times": -1}]
+    )
+    texts = numbered(4)
+    client = connect(OWN, model_batch_size=1, n_concurrent_jobs=4)
+    answer = client.rows(texts)
+    assert answer.rejects == {}
+    assert_right(answer, texts)
+    assert 1 < server.stats()["statuses"]["400"] <= 4
+
+
+@pytest.mark.parametrize("kind", LASTING + NEEDS_TWO)
+def test_the_tokens_of_a_bad_answer_are_counted(server, client, kind):
+    """It is paid like a good one, and what is asked for again is paid again."""
+    server.behave(faults=[{"kind": kind, "times": 1}])
+    before = server.stats()["tokens_paid"]
+    answer = client.rows(TEXTS)
+    assert len(client.books.sent) == 2
+    assert answer.num_tokens == server.stats()["tokens_paid"] - before
+
+
 def test_tokens_are_those_that_the_server_says(server, connect):
     """They are what is paid."""
     answer = connect(EXACT).rows(TEXTS)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 
 import numpy as np
 import pytest
 
+import engine
 from engine.errors import AuthenticationFailed, ConfigError, ProviderError
 from engine.models.cohere import CohereEmbeddingModel
 from engine.models.openai import OpenAIEmbeddingModel
@@ -78,6 +80,22 @@ def test_the_environment_may_name_the_server(server, connect, monkeypatch):
     """As OpenAI's SDK has it."""
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
     assert_right(connect(base_url=None).rows(TEXTS), TEXTS)
+
+
+@pytest.mark.parametrize(("variable", "version"), [("OPENAI_BASE_URL", None), ("AZURE_OPENAI_ENDPOINT", VERSION)])
+@pytest.mark.parametrize("address", ["https://user:{}@127.0.0.1:1/v1", "https://127.0.0.1:1/v1?key={}", "https://[{}]"])
+def test_a_secret_in_the_environment_s_address_is_neither_stored_nor_told(
+    key, monkeypatch, tmp_path, variable, version, address
+):
+    """Of `--base-url` it is refused too; this one would be in job.json, which outlives the run."""
+    monkeypatch.setenv(variable, address.format(KEY))
+    (tmp_path / "in.jsonl").write_text('{"text": "one"}\n')
+    given = {"source": str(tmp_path / "in.jsonl"), "output": str(tmp_path / "out"), "api_version": version}
+    for verb in (engine.plan, engine.run):
+        with pytest.raises(ConfigError, match=f"^{variable}: ") as refused:
+            verb(model="openai:a-model", **given)
+        assert KEY not in "".join(traceback.format_exception(refused.value))
+    assert not (tmp_path / "out" / "_engine").exists()
 
 
 def test_a_key_may_be_in_a_file(server, connect, tmp_path, monkeypatch):

@@ -160,6 +160,31 @@ def test_max_cost_stops_before_it_is_passed_and_more_money_goes_on(source, serve
     assert server.stats()["tokens_paid"] / 1000 == pytest.approx(needed)
 
 
+def test_a_run_that_waits_for_another_counts_what_that_one_spends_meanwhile(source, server, address, caplog):
+    """Of one sum for all runs: what is left of it is known when the other has left, and not before."""
+    server.behave(latency_s=1.0)
+    most = needed_tokens(source, server) * 0.7 / 1000
+    process = start(source, server, address, max_cost=most)
+    wait_until(lambda: num_committed(source) > 0 or process.poll() is not None)
+    result = run(source, server, max_cost=most, if_in_use="wait")
+    assert process.wait(60) == 4
+    assert "waiting until it has left" in caplog.text
+    assert "max-cost" in result.stopped
+    assert server.stats()["tokens_paid"] / 1000 <= most
+
+
+def test_parts_that_were_left_without_a_record_are_counted_in_max_cost(source, server):
+    """A run that died before it wrote their records had paid for them."""
+    most = needed_tokens(source, server) / 2000
+    first = run(source, server, max_cost=most)
+    for record in (source.parent / "out").glob("_engine/commits/*.json"):
+        record.unlink()
+    again = run(source, server, max_cost=most)
+    assert again.stopped
+    assert again.num_rows == first.num_rows
+    assert server.stats()["tokens_paid"] / 1000 <= most
+
+
 def test_the_forecast_leaves_out_what_a_run_will_reuse(source, server):
     """Of an input that changed, and of another output: tokens, dollars and requests are those that the server then sees."""
     out, path = source.parent / "out", source / "a.parquet"
@@ -250,9 +275,9 @@ def test_a_run_that_is_killed_pays_again_for_what_was_in_flight_alone(source, se
     assert server.stats()["times_paid_max"] <= 1 + kills + 9  # the same text is in one shard ten times, and paid once
 
 
-def start(source: Path, server: Server, address: str | None = None) -> subprocess.Popen[bytes]:
+def start(source: Path, server: Server, address: str | None = None, **more) -> subprocess.Popen[bytes]:
     """Start the command in a process of its own, always the same one."""
-    given = options(source, server, concurrent_requests=2, num_actors=2, batch_size=SHARD_ROWS)
+    given = options(source, server, concurrent_requests=2, num_actors=2, batch_size=SHARD_ROWS, **more)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     where = [f"--address={address or ray.get_runtime_context().gcs_address}"]
     return subprocess.Popen(

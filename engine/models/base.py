@@ -47,6 +47,9 @@ class Needs:
 class BadAnswer(Exception):
     """A model's answer that is not one vector of the right shape for each text."""
 
+    num_tokens: int | None = None
+    """That a provider bills for it all the same; None if the answer does not say."""
+
 
 class BaseEmbeddingModel(ABC):
     """

@@ -13,7 +13,7 @@ import orjson
 
 from engine.errors import ConfigError, Unavailable
 from engine.model_config import ModelConfig
-from engine.models.api.answers import Malformed, Reply, stacked
+from engine.models.api.answers import Malformed, Reply, billed, stacked
 from engine.models.api.limits import limits_of
 from engine.models.api.model import ApiEmbeddingModel, key_from
 from engine.models.api.refusals import refusal
@@ -106,9 +106,10 @@ class CohereEmbeddingModel(ApiEmbeddingModel):
             raise Unavailable(f"the provider cannot be reached ({type(error).__name__})") from None
         else:
             given = getattr(getattr(raw.data, "embeddings", None), "float_", None)
-            vectors = await asyncio.to_thread(stacked, given or [])
-            billed = raw.data.meta.billed_units if raw.data.meta else None
-            num_tokens = math.ceil(billed.input_tokens) if billed and billed.input_tokens else None
+            units = raw.data.meta.billed_units if raw.data.meta else None
+            num_tokens = math.ceil(units.input_tokens) if units and units.input_tokens else None
+            with billed(num_tokens):
+                vectors = await asyncio.to_thread(stacked, given or [])
             return Reply(vectors, num_tokens, limits_of(raw.headers))
         # out here the SDK's error, which quotes the server, is not the context of ours
         if status < 300:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError, Unavailable
-from engine.model_config import ModelConfig
+from engine.model_config import ModelConfig, checked_address
 from engine.models.api.answers import Reply, decoded
 from engine.models.api.limits import limits_of
 from engine.models.api.model import ApiEmbeddingModel, key_from
@@ -122,9 +122,10 @@ class OpenAIEmbeddingModel(ApiEmbeddingModel):
         import httpx2
         import openai
 
+        encoding = self._encoding  # of this request: others that are on their way may find out meanwhile
         try:
             # Not `embeddings.create`, which looks at the type of every text, and makes an object of every vector.
-            body = {"model": self.model_name, "input": list(texts), "encoding_format": self._encoding, **self._wanted}
+            body = {"model": self.model_name, "input": list(texts), "encoding_format": encoding, **self._wanted}
             answer = await self._connected().post("/embeddings", cast_to=httpx2.Response, body=body)
         except openai.APIStatusError as error:
             refused = error.response
@@ -134,7 +135,7 @@ class OpenAIEmbeddingModel(ApiEmbeddingModel):
             vectors, num_tokens = await asyncio.to_thread(decoded, answer.content, len(texts))
             return Reply(vectors, num_tokens, limits_of(answer.headers))
         # out here the SDK's error, which quotes the server, is not the context of ours
-        if self._encoding == "base64" and refused.status_code in (400, 422) and _is_about_encoding(refused.content):
+        if encoding == "base64" and refused.status_code in (400, 422) and _is_about_encoding(refused.content):
             self._encoding = "float"  # it does not know base64
             return await self.request(texts)
         raise refusal(refused.status_code, refused.headers, refused.content, texts, [self._key])
@@ -184,12 +185,18 @@ def _address(base_url: str | None, api_version: str | None) -> str:
     Return where to send requests: as is said, or else as the environment says.
 
     Raises:
-        ConfigError: If nobody says where Azure's resource is.
+        ConfigError: If nobody says where Azure's resource is, or what the environment says could not be stored; never quotes it.
     """
-    found = base_url or os.environ.get("AZURE_OPENAI_ENDPOINT" if api_version else "OPENAI_BASE_URL")
+    if base_url:
+        return base_url.rstrip("/")
+    variable = "AZURE_OPENAI_ENDPOINT" if api_version else "OPENAI_BASE_URL"
+    found = os.environ.get(variable)
     if not found and api_version:
         raise ConfigError("api_version: it is Azure's, whose resource --base-url or AZURE_OPENAI_ENDPOINT names")
-    return (found or OPENAI_URL).rstrip("/")
+    try:
+        return checked_address(found or OPENAI_URL)
+    except ValueError as error:
+        raise ConfigError(f"{variable}: {error}") from None
 
 
 def _terms(model_name: str, api_version: str | None) -> Terms:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,16 @@ class Reply:
     """That its headers tell."""
 
 
+@contextmanager
+def billed(num_tokens: int | None) -> Iterator[None]:
+    """Note what an answer is billed for on what is raised if it is bad: it is paid all the same."""
+    try:
+        yield
+    except BadAnswer as error:
+        error.num_tokens = num_tokens
+        raise
+
+
 def decoded(body: bytes, num_texts: int) -> tuple[Vectors, int | None]:
     """
     Decode an answer of OpenAI's embeddings endpoint, or of a server like it: base64 or floats, in whatever order.
@@ -54,14 +65,16 @@ def decoded(body: bytes, num_texts: int) -> tuple[Vectors, int | None]:
         given = [item["embedding"] for item in items]
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         raise Malformed("not an embeddings answer") from None
-    if len(given) != num_texts:
-        raise BadAnswer(f"{len(given)} vectors for {num_texts} texts")
-    if not np.array_equal(np.sort(order), np.arange(num_texts)):
-        raise BadAnswer("indexes are not those of the texts")
-    vectors = stacked(given)
+    num_tokens = _tokens_of(answer.get("usage"))
+    with billed(num_tokens):
+        if len(given) != num_texts:
+            raise BadAnswer(f"{len(given)} vectors for {num_texts} texts")
+        if not np.array_equal(np.sort(order), np.arange(num_texts)):
+            raise BadAnswer("indexes are not those of the texts")
+        vectors = stacked(given)
     if not np.array_equal(order, np.arange(num_texts)):
         vectors = vectors[np.argsort(order)]
-    return vectors, _tokens_of(answer.get("usage"))
+    return vectors, num_tokens
 
 
 def stacked(given: Sequence[Any]) -> Vectors:

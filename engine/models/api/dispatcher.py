@@ -138,9 +138,12 @@ class Dispatcher:
         started = time.monotonic()
         try:
             reply = await self._attempt([piece.text for piece in group.pieces], grant)
+            self._bill(group, reply.num_tokens)  # before it is judged: a bad answer is paid too
             self._check(reply, len(group.pieces))
             self._settle(group, reply)
         except Exception as error:
+            if isinstance(error, BadAnswer) and error.num_tokens is not None:  # it was judged as it was decoded
+                self._bill(group, error.num_tokens)
             try:
                 await self._recovery.failed(group, error, started)
             except Exception as final:
@@ -185,7 +188,6 @@ class Dispatcher:
 
     def _settle(self, group: Group, reply: Reply) -> None:
         """Give each text its vector; those that have none that is usable are sent again, alone."""
-        self._bill(group, reply)
         good = self._are_good(reply.vectors)
         if not good.any():
             raise BadAnswer(NOT_USABLE)
@@ -196,10 +198,10 @@ class Dispatcher:
             else:
                 self._once_more(Group([piece]))
 
-    def _bill(self, group: Group, reply: Reply) -> None:
+    def _bill(self, group: Group, num_tokens: int | None) -> None:
         """Divide the tokens of an answer among the orders that it is for."""
         total = sum(piece.num_tokens for piece in group.pieces)
-        paid = total if reply.num_tokens is None else reply.num_tokens
+        paid = total if num_tokens is None else num_tokens
         said = given = 0
         for piece in group.pieces:
             said += piece.num_tokens
