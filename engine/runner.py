@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from heapq import nlargest
 from typing import TYPE_CHECKING
 
 from engine import history, lease, switches, switching
@@ -209,7 +210,8 @@ def _stream(asked: Survey, tally: Tally, on_event: OnEvent, owned: Lease, entry:
         tally.num_actors = chosen.max_actors
         logger.info("embedding started: %d texts in %d shards", todo.pending_rows, len(todo.pending))
         on_event(PoolStarted(chosen.max_actors, chosen.kind))
-        tally.shards_at_risk = chosen.parcels_inside * chosen.max_actors
+        num_inside = chosen.parcels_inside * chosen.max_actors
+        tally.rows_at_risk = sum(nlargest(num_inside, (sum(map(len, group)) for group in groups)))
         exported = Metrics(asked.config.model, asked.job.fingerprint, todo.pending_rows)
         with _budget(asked.config, chosen, _max_tokens(asked), tally) as budget:
             try:

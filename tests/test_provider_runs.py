@@ -129,6 +129,18 @@ def test_a_run_pays_each_text_once_and_tells_what_it_cost(source, server):
     assert server.stats()["num_requests"] == stats["num_requests"]
 
 
+def test_all_small_shards_that_are_in_flight_together_are_at_risk(source, server):
+    """They travel as one parcel, and a crash loses the whole of it: here all that the run paid for."""
+    text = pq.read_table(source / "a.parquet")["text"].to_pylist()[10:90]
+    for start in range(0, len(text), 2):
+        pq.write_table(pa.table({"id": ["x", "y"], "text": text[start : start + 2]}), source / f"b{start:02}.parquet")
+    (source / "a.parquet").unlink()
+    result = run(source, server, shard_rows=NUM_ROWS)
+    assert result.num_shards == 40
+    assert result.provider.tokens_at_risk == result.num_tokens
+    assert result.provider.cost_at_risk == pytest.approx(result.provider.cost)
+
+
 @pytest.mark.soak
 def test_several_actors_share_one_limit(source, server):
     """Three actors, none of which knows of the others, stay below what the server allows, and are never refused."""
