@@ -16,7 +16,7 @@ from engine.errors import AuthenticationFailed, QuotaExhausted, RateLimited, Sto
 from engine.models.api.budget import MAX_PAUSE_S, PROBE_S, PROBE_TOKENS, Budget, Grant, Report
 from engine.models.api.limits import Limits
 from engine.models.api.rate import BURST_S, PACE, SLOWER, Rate
-from tests.api_servers import assert_right, numbered
+from tests.api_servers import DIMENSION, assert_right, numbered
 
 pytest_plugins = ("tests.api_servers",)
 
@@ -554,6 +554,18 @@ def test_a_rate_without_a_limit_has_none(clock):
 
 
 # Against a server
+
+
+def test_only_orders_that_are_paid_and_waited_for_are_told_as_done(server, connect):
+    """Not those without a text, nor the probe that finds out the dimension for them: no part comes of what they paid."""
+    client, budget = connect(), Budget(Limits(6000))
+    client.model.share(budget)
+    assert client.rows([]).vectors.size == 0
+    assert asyncio.run(client.model.dimension()) == DIMENSION
+    assert asyncio.run(budget.standing()).num_done == 0
+    client.rows(numbered(3))
+    standing = asyncio.run(budget.standing())
+    assert (standing.num_open, standing.num_done) == (0, 1)
 
 
 @pytest.mark.parametrize("given_limit", [True, False], ids=["given", "learned"])

@@ -197,6 +197,20 @@ def test_parts_that_were_left_without_a_record_are_counted_in_max_cost(source, s
     assert server.stats()["tokens_paid"] / 1000 <= most
 
 
+def test_what_was_reused_does_not_end_a_stopping_run_before_what_is_paid_is_committed(source, server, tmp_path):
+    """Parcels without a new text come through beside the orders that the driver waits for, and are none of them."""
+    table = pq.read_table(source / "a.parquet")
+    (tmp_path / "former").mkdir()
+    pq.write_table(table.slice(0, NUM_ROWS // 2), tmp_path / "former" / "a.parquet", row_group_size=SHARD_ROWS)
+    first = run(tmp_path / "former", server, output=str(tmp_path / "first"))
+    paid = server.stats()["tokens_paid"]
+    server.behave(latency_s=2.0)  # all orders that the money is for are answered together, after the others were left
+    result = run(source, server, reuse=[str(tmp_path / "first")], max_cost=first.num_tokens / 1000 * 0.7)
+    assert "max-cost" in result.stopped
+    assert result.num_reused == first.num_rows
+    assert result.num_tokens == server.stats()["tokens_paid"] - paid > 0
+
+
 def test_the_forecast_leaves_out_what_a_run_will_reuse(source, server):
     """Of an input that changed, and of another output: tokens, dollars and requests are those that the server then sees."""
     out, path = source.parent / "out", source / "a.parquet"

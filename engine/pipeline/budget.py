@@ -103,11 +103,11 @@ class Drain:
         self._last_done = time.monotonic()
 
     def add(self, receipts: Sequence[Receipt]) -> None:
-        """Count a parcel."""
+        """Count a parcel, if it was paid for, as the budget counts orders: one whose vectors were all reused has had none."""
         if any(receipt.outcome == LEFT for receipt in receipts):
             self._is_stopping = True
         else:
-            self._num_done += 1
+            self._num_done += any(receipt.num_tokens for receipt in receipts)
             self._last_done = time.monotonic()
 
     def is_empty(self) -> bool:

@@ -59,7 +59,7 @@ class Standing:
     num_open: int
     """Orders that were admitted, and of which nothing has been heard since."""
     num_done: int
-    """Orders that were answered in full."""
+    """Orders that were answered in full, and paid for: what others had a vector for already, or has no text, is in none."""
     stopped_by: ProviderError | None
     """Why no more orders are admitted."""
 
@@ -155,7 +155,7 @@ class Budget:
         """Let go of an order that was admitted for `num_tokens`, when `paid_tokens` were paid."""
         self._committed[client] = self._committed.get(client, 0.0) + paid_tokens - num_tokens
         self._num_open -= 1
-        self._num_done += is_done
+        self._num_done += is_done and paid_tokens > 0
 
     async def acquire(self, num_tokens: float) -> Grant:
         """

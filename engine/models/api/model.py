@@ -192,7 +192,7 @@ class ApiEmbeddingModel(BaseEmbeddingModel):
             await self._thread.run(dispatcher.close())
         await self._thread.ended()
 
-    async def _embedded(self, texts: Sequence[str]) -> Embeddings:
+    async def _embedded(self, texts: Sequence[str], *, is_probe: bool = False) -> Embeddings:
         numbers, pieces = await asyncio.to_thread(self.terms.prepared, texts, self._prompt, self._long_texts)
         usage = Embeddings(np.empty((0, 0), np.float32), num_duplicates=len(numbers) - len(pieces))
         order = Order(numbers, list(pieces.values()), asyncio.get_running_loop().create_future(), usage)
@@ -208,7 +208,7 @@ class ApiEmbeddingModel(BaseEmbeddingModel):
             if pieces:
                 self._running().send(order, budget_weight)
                 await order.done
-            is_done = True
+            is_done = not is_probe  # nobody waits for what becomes of a probe
         finally:
             await self._budget.dismiss(num_tokens, usage.num_tokens, is_done=is_done)
         return order.answer()
@@ -216,7 +216,7 @@ class ApiEmbeddingModel(BaseEmbeddingModel):
     async def _known_dimension(self) -> int:
         dispatcher = self._running()
         if dispatcher.dimension is None:
-            await self._embedded([PROBE])
+            await self._embedded([PROBE], is_probe=True)
         return dispatcher.dimension or 0
 
     def _running(self) -> Dispatcher:
