@@ -24,7 +24,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from engine import places, switches
+from engine import costs, places, switches
 from engine.commits import Receipt, Usage
 from engine.errors import CommitConflict, CorruptOutput, EngineError, FingerprintMismatch, Refused, SourceChanged
 from engine.part import Part, decode, encode
@@ -183,6 +183,7 @@ class Ledger(Records):
     def forget(self, shard_id: str) -> None:
         """Move the record of a shard whose part is gone out of the way; do nothing if the part is there after all."""
         if not any(places.is_there(self.storage, name_of(shard_id)) for name_of in (held_name, part_name)):
+            costs.keep(self, [shard_id])
             self.move_aside((record_name(shard_id), rejects_name(shard_id)))
 
     def set_aside(self, shard_id: str) -> list[str]:
@@ -195,6 +196,7 @@ class Ledger(Records):
         Returns:
             The names under which the files lie now.
         """
+        costs.keep(self, [shard_id])
         names = [name_of(shard_id) for name_of in (record_name, rejects_name, held_name, part_name)]
         return self.move_aside(names)
 
@@ -239,6 +241,7 @@ class Ledger(Records):
         for later in switches.since(self.storage, self._last_switch):
             wanted = later.files.get(shard.file.path, (shard.file.size, shard.file.version))
             if wanted != (shard.file.size, shard.file.version):
+                costs.keep(self, [shard.id])  # no switch says it
                 self.supersede([shard.id], later.number)
                 raise SourceChanged(
                     f"{shard.file.location} changed, and another run has put its new rows into {self.root} meanwhile: "

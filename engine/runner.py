@@ -10,8 +10,8 @@ from dataclasses import replace
 from heapq import nlargest
 from typing import TYPE_CHECKING
 
-from engine import history, lease, switches, switching
-from engine.calibration import stored_calibration
+from engine import history, lease, switching
+from engine.costs import Costs
 from engine.errors import ConfigError, CorruptOutput, EngineError, SourceError, Stopped
 from engine.events import PoolStarted, RunPlanned, ShardDone
 from engine.former_parts import adopt_calibration, check_reuse, reuse_index
@@ -181,15 +181,11 @@ def _check_price(asked: Survey) -> None:
 
 
 def _max_tokens(asked: Survey) -> float | None:
-    """Return how many tokens `max_cost` leaves for this run, after what the committed shards have cost: to be asked once none can be added."""
+    """Return how many tokens `max_cost` leaves for this run, after what all runs have cost: to be asked once none can be added."""
     price = price_of(asked.config)
     if asked.config.max_cost is None or not price:
         return None
-    spent = sum(record.usage.cost or 0.0 for record in asked.ledger.records(sorted(asked.ledger.committed())))
-    spent += sum(former.cost or 0.0 for former in switches.since(asked.ledger.storage, 0))
-    if (sampled := stored_calibration(asked.ledger.storage)) and sampled.usage:
-        spent += sampled.usage.cost or 0.0
-    return (asked.config.max_cost - spent) / price * MILLION
+    return (asked.config.max_cost - (Costs(asked.ledger).total() or 0.0)) / price * MILLION
 
 
 def _stream(asked: Survey, tally: Tally, on_event: OnEvent, owned: Lease, entry: Entry) -> None:
