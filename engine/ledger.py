@@ -24,7 +24,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from engine import places, switches
+from engine import costs, places, switches
 from engine.commits import Receipt, Usage
 from engine.errors import CommitConflict, CorruptOutput, EngineError, FingerprintMismatch, Refused, SourceChanged
 from engine.part import Part, decode, encode
@@ -196,6 +196,7 @@ class Ledger(Records):
         Returns:
             The names under which the files lie now.
         """
+        costs.keep(self, [shard_id])
         first = (record_name, rejects_name) if self._has_part(shard_id) else (rejects_name, record_name)
         return self.move_aside([name_of(shard_id) for name_of in (*first, held_name, part_name)])
 
@@ -248,6 +249,7 @@ class Ledger(Records):
         for later in switches.since(self.storage, self._last_switch):
             wanted = later.files.get(shard.file.path, (shard.file.size, shard.file.version))
             if wanted != (shard.file.size, shard.file.version):
+                costs.keep(self, [shard.id])  # no switch says it
                 self.supersede([shard.id])
                 raise SourceChanged(
                     f"{shard.file.location} changed, and another run has put its new rows into {self.root} meanwhile: "

@@ -23,6 +23,7 @@ import engine
 from engine.errors import ConfigError, FingerprintMismatch, QuotaExhausted
 from tests.kills import ROOT, wait_until
 from tests.strict_server import Server, serving, vector
+from tests.test_garbage import later
 
 pytestmark = pytest.mark.ray
 
@@ -129,6 +130,18 @@ def test_a_run_pays_each_text_once_and_tells_what_it_cost(source, server):
     assert server.stats()["num_requests"] == stats["num_requests"]
 
 
+def test_all_small_shards_that_are_in_flight_together_are_at_risk(source, server):
+    """They travel as one parcel, and a crash loses the whole of it: here all that the run paid for."""
+    text = pq.read_table(source / "a.parquet")["text"].to_pylist()[10:90]
+    for start in range(0, len(text), 2):
+        pq.write_table(pa.table({"id": ["x", "y"], "text": text[start : start + 2]}), source / f"b{start:02}.parquet")
+    (source / "a.parquet").unlink()
+    result = run(source, server, shard_rows=NUM_ROWS)
+    assert result.num_shards == 40
+    assert result.provider.tokens_at_risk == result.num_tokens
+    assert result.provider.cost_at_risk == pytest.approx(result.provider.cost)
+
+
 @pytest.mark.soak
 def test_several_actors_share_one_limit(source, server):
     """Three actors, none of which knows of the others, stay below what the server allows, and are never refused."""
@@ -197,6 +210,29 @@ def test_what_was_reused_does_not_end_a_stopping_run_before_what_is_paid_is_comm
     assert "max-cost" in result.stopped
     assert result.num_reused == first.num_rows
     assert result.num_tokens == server.stats()["tokens_paid"] - paid > 0
+
+
+@pytest.mark.parametrize("how", ["lost", "set aside", "deleted"])
+def test_money_that_was_spent_is_spent_whatever_became_of_its_records(source, server, how):
+    """A part is lost, or damaged and set aside, or an input was deleted and cleared away: nothing is left of `max_cost` for more."""
+    out, path = source.parent / "out", source / "a.parquet"
+    most = run(source, server).provider.cost
+    if how == "lost":
+        next(out.glob("data/*")).unlink()
+    elif how == "set aside":
+        damaged = next(out.glob("data/*"))
+        damaged.write_bytes(damaged.read_bytes()[:-9])
+        assert engine.verify(out, "full", set_aside=True).set_aside
+    else:
+        texts = pa.array([f"text {row} of another source" for row in range(100)])
+        pq.write_table(pa.table({"id": texts, "text": texts}), source / "b.parquet")
+        path.unlink()
+        with later():
+            assert engine.gc(out, apply=True, inputs_gone=True).num_files
+    again = run(source, server, max_cost=most)
+    assert "max-cost" in again.stopped
+    assert again.num_rows == 0
+    assert server.stats()["tokens_paid"] / 1000 == pytest.approx(most) == engine.status(out).provider.cost
 
 
 def test_the_forecast_leaves_out_what_a_run_will_reuse(source, server):
