@@ -144,6 +144,20 @@ def test_several_actors_share_one_limit(source, server):
     )  # evenly from the start, though the server's bucket is full then
 
 
+@pytest.mark.soak  # as the one with a model of one's own
+def test_a_pool_that_asks_a_provider_grows_to_its_maximum_while_there_is_work(tmp_path, server):
+    """Most parcels that such an actor is sent are inside it, so that one that waits shows less than with a model of one's own."""
+    server.behave(latency_s=1.0)
+    (tmp_path / "in").mkdir()
+    for number in range(40):
+        table = pa.table({"text": [f"text {row} of file {number}" for row in range(64)]})
+        pq.write_table(table, tmp_path / "in" / f"{number}.parquet")
+    few = {"shard_rows": 64, "batch_size": 64, "concurrent_requests": 2}
+    result = run(tmp_path / "in", server, id_column=None, num_actors=2, min_actors=1, **few)
+    assert result.num_rows == 40 * 64
+    assert server.stats()["concurrent_max"] > 2, "one actor made all requests"
+
+
 def test_max_cost_stops_before_it_is_passed_and_more_money_goes_on(source, server):
     """The run ends by itself, what was paid is committed, and all runs together have cost no more."""
     needed = needed_tokens(source, server) / 1000
