@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -20,7 +21,12 @@ import pytest
 import ray
 
 import engine
+from engine.commits import Receipt
 from engine.errors import ConfigError, FingerprintMismatch, QuotaExhausted
+from engine.model_config import ModelConfig
+from engine.models.api.budget import Report
+from engine.pipeline import budget
+from engine.schema import InputFile, Shard
 from tests.kills import ROOT, wait_until
 from tests.strict_server import Server, serving, vector
 
@@ -211,6 +217,30 @@ def test_what_was_reused_does_not_end_a_stopping_run_before_what_is_paid_is_comm
     assert "max-cost" in result.stopped
     assert result.num_reused == first.num_rows
     assert result.num_tokens == server.stats()["tokens_paid"] - paid > 0
+
+
+def test_a_stopping_run_waits_for_its_orders_as_long_as_anything_is_heard_of_them(source, monkeypatch):
+    """An order of many requests takes long where few tokens a minute are allowed: only when all is silent an actor has died with it."""
+    monkeypatch.setattr(budget, "LOST_S", 1.0)
+    monkeypatch.setattr(budget, "ASK_EVERY_S", 0.0)
+    config = ModelConfig(model=MODEL, tokens_per_minute=10**9, request_timeout_s=0.5)
+    left = Receipt.left(Shard.of("", InputFile("a.parquet", str(source), 1, ""), 0, 1))
+
+    async def heard_of_for(seconds: float) -> None:
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            await client.report(await client.acquire(10), Report(10, is_answer=True))
+            assert not drain.is_empty()
+            await asyncio.sleep(0.2)
+
+    with budget.shared(config, 1, None) as shared:
+        client, drain = budget.BudgetClient(shared), budget.Drain(shared)
+        asyncio.run(client.admit(100))
+        drain.add([left])
+        asyncio.run(heard_of_for(4.0))
+        began = time.monotonic()
+        wait_until(drain.is_empty, 30)
+        assert time.monotonic() - began > 1.1, "a request may take half a second more"
 
 
 def test_the_forecast_leaves_out_what_a_run_will_reuse(source, server):
