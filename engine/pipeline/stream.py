@@ -12,7 +12,7 @@ from ray.data.context import AutoscalingConfig
 
 from engine.commits import LEFT, Receipt
 from engine.ledger import Ledger
-from engine.pipeline import cluster
+from engine.pipeline import MAX_READER_CRASHES, cluster
 from engine.pipeline.budget import Drain
 from engine.pipeline.datasource import Parcel, ShardDatasource
 from engine.pipeline.parcel import unpack_receipts
@@ -85,6 +85,7 @@ class Stream:
             override_num_blocks=source.num_read_tasks,
             num_cpus=LIGHT_CPUS,
             concurrency=chosen.max_readers,
+            ray_remote_args={"max_retries": MAX_READER_CRASHES},
         ).map_batches(
             CommittingWorker if is_last else EmbedWorker,
             fn_constructor_args=(self.work, *place) if is_last else (self.work,),
@@ -114,4 +115,5 @@ class Stream:
                 max_tasks_in_flight_per_actor=TASKS_IN_FLIGHT,
             ),
             num_cpus=LIGHT_CPUS,
+            max_task_retries=MAX_CRASHES,
         )
