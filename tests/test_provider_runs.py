@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -20,7 +21,12 @@ import pytest
 import ray
 
 import engine
+from engine.commits import Receipt
 from engine.errors import ConfigError, FingerprintMismatch, QuotaExhausted
+from engine.model_config import ModelConfig
+from engine.models.api.budget import Report
+from engine.pipeline import budget
+from engine.schema import InputFile, Shard
 from tests.kills import ROOT, wait_until
 from tests.strict_server import Server, serving, vector
 from tests.test_garbage import later
@@ -157,6 +163,20 @@ def test_several_actors_share_one_limit(source, server):
     )  # evenly from the start, though the server's bucket is full then
 
 
+@pytest.mark.soak  # as the one with a model of one's own
+def test_a_pool_that_asks_a_provider_grows_to_its_maximum_while_there_is_work(tmp_path, server):
+    """Most parcels that such an actor is sent are inside it, so that one that waits shows less than with a model of one's own."""
+    server.behave(latency_s=1.0)
+    (tmp_path / "in").mkdir()
+    for number in range(40):
+        table = pa.table({"text": [f"text {row} of file {number}" for row in range(64)]})
+        pq.write_table(table, tmp_path / "in" / f"{number}.parquet")
+    few = {"shard_rows": 64, "batch_size": 64, "concurrent_requests": 2}
+    result = run(tmp_path / "in", server, id_column=None, num_actors=2, min_actors=1, **few)
+    assert result.num_rows == 40 * 64
+    assert server.stats()["concurrent_max"] > 2, "one actor made all requests"
+
+
 def test_max_cost_stops_before_it_is_passed_and_more_money_goes_on(source, server):
     """The run ends by itself, what was paid is committed, and all runs together have cost no more."""
     needed = needed_tokens(source, server) / 1000
@@ -233,6 +253,30 @@ def test_money_that_was_spent_is_spent_whatever_became_of_its_records(source, se
     assert "max-cost" in again.stopped
     assert again.num_rows == 0
     assert server.stats()["tokens_paid"] / 1000 == pytest.approx(most) == engine.status(out).provider.cost
+
+
+def test_a_stopping_run_waits_for_its_orders_as_long_as_anything_is_heard_of_them(source, monkeypatch):
+    """An order of many requests takes long where few tokens a minute are allowed: only when all is silent an actor has died with it."""
+    monkeypatch.setattr(budget, "LOST_S", 1.0)
+    monkeypatch.setattr(budget, "ASK_EVERY_S", 0.0)
+    config = ModelConfig(model=MODEL, tokens_per_minute=10**9, request_timeout_s=0.5)
+    left = Receipt.left(Shard.of("", InputFile("a.parquet", str(source), 1, ""), 0, 1))
+
+    async def heard_of_for(seconds: float) -> None:
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            await client.report(await client.acquire(10), Report(10, is_answer=True))
+            assert not drain.is_empty()
+            await asyncio.sleep(0.2)
+
+    with budget.shared(config, 1, None) as shared:
+        client, drain = budget.BudgetClient(shared), budget.Drain(shared)
+        asyncio.run(client.admit(100))
+        drain.add([left])
+        asyncio.run(heard_of_for(4.0))
+        began = time.monotonic()
+        wait_until(drain.is_empty, 30)
+        assert time.monotonic() - began > 1.1, "a request may take half a second more"
 
 
 def test_the_forecast_leaves_out_what_a_run_will_reuse(source, server):
