@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from engine.commits import Usage
 from engine.errors import CorruptOutput
-from engine.ledger import VECTORS
+from engine.places import VECTORS
 from engine.schema import canonical_json, utc_now
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine import lease, switching
+from engine import costs, lease, switching
 from engine.errors import ConfigError
 from engine.exchange import STAGES
 from engine.gc_result import Garbage, GcResult
@@ -149,6 +149,8 @@ class _Look:
 
     def delete(self, owned: Lease) -> None:
         """Delete the garbage: first records, so that none is ever there without its part, and parts last."""
+        gone = (file for file in self.garbage.get("gone", ()) if file.folder == COMMITS)
+        costs.keep(self.ledger, sorted(shard_id for file in gone for shard_id in file.shard_ids))
         storage = self.ledger.storage
         names = sorted((file.name for files in self.garbage.values() for file in files), key=turn_of)
         for name, following in zip_longest(names, names[1:], fillvalue=""):

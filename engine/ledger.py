@@ -18,13 +18,13 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 
-from engine import places, switches
+from engine import costs, places, switches
 from engine.commits import Receipt, Usage
 from engine.errors import CommitConflict, CorruptOutput, EngineError, FingerprintMismatch, Refused, SourceChanged
 from engine.part import Part, decode, encode
@@ -182,37 +182,47 @@ class Ledger(Records):
 
     def forget(self, shard_id: str) -> None:
         """Move the record of a shard whose part is gone out of the way; do nothing if the part is there after all."""
-        if not any(places.is_there(self.storage, name_of(shard_id)) for name_of in (held_name, part_name)):
-            self.move_aside((record_name(shard_id), rejects_name(shard_id)))
+        if not self._has_part(shard_id):
+            self.set_aside(shard_id)
 
     def set_aside(self, shard_id: str) -> list[str]:
         """
         Move a shard's files out of the way, so that the next run makes it again. Nothing is deleted.
 
         The record goes first: a shard without a record is pending, whatever else of it is left. The part goes last: as long as it
-        is there, its rejects can be made from it.
+        is there, its rejects can be made from it. If it is gone, the rejects go before the record: a shard that is made again may have
+        others, and without a record nothing would tell that these are left over.
 
         Returns:
             The names under which the files lie now.
         """
-        names = [name_of(shard_id) for name_of in (record_name, rejects_name, held_name, part_name)]
-        return self.move_aside(names)
+        costs.keep(self, [shard_id])
+        first = (record_name, rejects_name) if self._has_part(shard_id) else (rejects_name, record_name)
+        return self.move_aside([name_of(shard_id) for name_of in (*first, held_name, part_name)])
 
-    def supersede(self, shard_ids: Iterable[str], number: int) -> None:
+    def supersede(self, shard_ids: Collection[str]) -> None:
+        """Move shards to those that others have taken the place of: records first, parts last. Nothing is deleted."""
+        for name_of, kind in _MOVED:
+            moves = {name_of(shard_id): places.former_name(shard_id, kind) for shard_id in sorted(shard_ids)}
+            self.make_room(moves)
+            for name, to in moves.items():
+                self.storage.rename(name, to)
+
+    def make_room(self, moves: Mapping[str, str]) -> None:
         """
-        Move shards to those that others have taken the place of: of each the record first, the part last. Nothing is deleted.
+        Make sure that files can be moved to where superseded ones lie: give other names to others that lie there.
+
+        A shard may have been superseded before, and have come back with its input: then it was embedded again, and its part has other
+        bytes. The last one has the plain name, by which readers look for it.
 
         Args:
-            shard_ids: Of the shards.
-            number: Of the switch that says so: a shard may have been superseded before, and have come back.
+            moves: The name of each file that will be moved, if it is there, and the name that it will have.
         """
         taken = set(self.storage.names(places.SUPERSEDED))
-        for shard_id in sorted(shard_ids):
-            for name_of, kind in _MOVED:
-                to = places.former_name(shard_id, kind)
-                if to.rpartition("/")[2] in taken:
-                    to = places.former_name(f"{shard_id}-{number}", kind)
-                self.storage.rename(name_of(shard_id), to)
+        for name, to in moves.items():
+            if to.rpartition("/")[2] in taken and places.differ(self.storage, name, to):
+                stem, _, kind = to.rpartition(".")
+                self.storage.rename(to, f"{stem}-{time.time_ns()}.{kind}")
 
     def move_aside(self, names: Sequence[str]) -> list[str]:
         """Move files out of the way; return the names under which they lie now."""
@@ -239,7 +249,8 @@ class Ledger(Records):
         for later in switches.since(self.storage, self._last_switch):
             wanted = later.files.get(shard.file.path, (shard.file.size, shard.file.version))
             if wanted != (shard.file.size, shard.file.version):
-                self.supersede([shard.id], later.number)
+                costs.keep(self, [shard.id])  # no switch says it
+                self.supersede([shard.id])
                 raise SourceChanged(
                     f"{shard.file.location} changed, and another run has put its new rows into {self.root} meanwhile: "
                     "this run has ended; run the same command again"
@@ -269,6 +280,9 @@ class Ledger(Records):
             raise FingerprintMismatch(
                 f"the model answers otherwise than when {self.root} was begun:\n  {lines}\nUse another output folder"
             )
+
+    def _has_part(self, shard_id: str) -> bool:
+        return any(places.is_there(self.storage, name_of(shard_id)) for name_of in (held_name, part_name))
 
     def _create_same(self, name: str, data: bytes, shard_id: str) -> None:
         if self.storage.create(name, data):

@@ -83,6 +83,9 @@ class ObjectStorage:
         Move `name` to the unused name `to`; return False if `name` is gone.
 
         A copy, then a delete: whoever dies between them leaves both, and the next one deletes the first.
+
+        Raises:
+            EngineError: If another file has that name.
         """
         source = self._bucket.look(self._key(name))
         if source is None:
@@ -92,7 +95,7 @@ class ObjectStorage:
         except FileNotFoundError:
             return False
         if not self.create(to, data) and self.read(to) != data:
-            raise EngineError(f"{self.root}/{to} is there already and is another file: nothing was moved")
+            raise name_is_taken(self.root, to)
         if self._bucket.look(self._key(name)) == source:  # what another run made anew meanwhile stays
             self.delete(name)
         return True
@@ -159,6 +162,11 @@ class ObjectStorage:
             name = found.key.removeprefix(prefix)
             if "/" not in name:
                 yield name, found
+
+
+def name_is_taken(root: str, name: str) -> EngineError:
+    """Return the error of a move to a name that another file has."""
+    return EngineError(f"{root}/{name} is there already and is another file: nothing was moved")
 
 
 def _reopened(location: str, is_single_writer: bool) -> ObjectStorage:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from engine.costs import COSTS
 from engine.exchange import STAGES
 from engine.lease import LEASE
 from engine.object_storage import PROBES
@@ -25,7 +26,7 @@ from engine.storage import STAGING
 from engine.switches import SWITCHES
 
 ENGINE = "_engine"
-WHOLE = (SET_ASIDE, STAGING, PROBES, SUPERSEDED, HELD, STAGES, SWITCHES, REUSE, INDEX, INPUTS)
+WHOLE = (SET_ASIDE, STAGING, PROBES, SUPERSEDED, HELD, STAGES, SWITCHES, COSTS, REUSE, INDEX, INPUTS)
 """Folders in which every file is the engine's."""
 _LEASE_NAME = re.compile(rf"{LEASE}/(\d{{8,}})\.(?:json|beat|end)")
 _SHARD_ID = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from engine import switches
 from engine.calibration import stored_calibration
+from engine.costs import Costs
 from engine.errors import EngineError
 from engine.provider_use import ProviderUse
 from engine.results import StatusResult
@@ -19,7 +19,7 @@ def status(output: str) -> StatusResult:
     reasons: Counter[str] = Counter()
     totals: Counter[str] = Counter()
     embed_s, dimension = 0.0, 0
-    cost: float | None = None
+    costs = Costs(ledger)
     for record in ledger.records():
         totals["shards"] += 1
         totals["rows"] += record.num_rows
@@ -32,17 +32,13 @@ def status(output: str) -> StatusResult:
         totals["reused"] += record.usage.num_reused
         reasons.update(record.reasons)
         totals.update({name: getattr(record.usage, name) for name in ASKED})
-        if record.usage.cost is not None:
-            cost = (cost or 0.0) + record.usage.cost
+        costs.add(record)
         embed_s += record.usage.embed_s
         dimension = record.dimension
     if (sampled := stored_calibration(ledger.storage)) and sampled.usage:
         totals.update({name: getattr(sampled.usage, name) for name in ASKED})
-        if sampled.usage.cost is not None:
-            cost = (cost or 0.0) + sampled.usage.cost
-    for former in switches.since(ledger.storage, 0):
-        if former.cost is not None:
-            cost = (cost or 0.0) + former.cost
+    cost = costs.total()
+    was_asked = totals["num_requests"] or cost
     return StatusResult(
         output=ledger.root,
         model=str(job.config.get("model")),
@@ -59,7 +55,7 @@ def status(output: str) -> StatusResult:
         pending_shards=len(standing.plan.pending) if standing else None,
         pending_rows=standing.plan.pending_rows if standing else None,
         warnings=standing.told if standing else [untold(problem)],
-        provider=ProviderUse(**{name: totals[name] for name in ASKED}, cost=cost) if totals["num_requests"] else None,
+        provider=ProviderUse(**{name: totals[name] for name in ASKED}, cost=cost) if was_asked else None,
         output_dtype=str(job.config.get("output_dtype", "float32")),
         num_repeated_ids=totals["repeated_ids"],
         num_reused=totals["reused"],

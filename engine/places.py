@@ -4,6 +4,7 @@ The places of an output: under which names its files lie, and where a shard's pa
     OUT/data/part-<shard_id>.parquet        a part that readers see
     OUT/_engine/held/<shard_id>.part        a part that waits until it takes the place of others
     OUT/_engine/superseded/<shard_id>.*     part, record and rejects of a shard whose place others have taken
+    OUT/_engine/superseded/<shard_id>-*     the same of one that has come back since, and was superseded again
     OUT/_engine/commits/<shard_id>.json     its record
     OUT/_engine/rejects/<shard_id>.jsonl    its rows that could not be embedded
 
@@ -128,3 +129,11 @@ def is_there(storage: Storage, name: str) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def differ(storage: Storage, name: str, other: str) -> bool:
+    """Say whether two files are both there, and are not the same bytes."""
+    try:
+        return storage.read(name) != storage.read(other)
+    except FileNotFoundError:
+        return False

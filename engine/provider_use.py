@@ -71,7 +71,7 @@ class ProviderUse(Result):
     tokens_per_minute_limit: float | None = None
     requests_per_minute_limit: float | None = None
     tokens_at_risk: int | None = None
-    """That a crash would have made to be paid again, at most: of the shards in flight."""
+    """That a crash would have made to be paid again, at most: of the parcels in flight."""
     cost_at_risk: float | None = None
 
     def lines(self) -> dict[str, str]:

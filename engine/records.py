@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from engine import places, switches
 from engine.commits import CommitRecord
 from engine.errors import CorruptOutput
 from engine.part import Part, decode
 from engine.places import COMMITS, JOB, REJECTS, former_name, part_name, record_name
-from engine.schema import Job
+from engine.schema import PART_METADATA, Job
 from engine.storage import Storage
 from engine.switches import Switches
 
@@ -155,6 +158,28 @@ class Records:
         except FileNotFoundError:
             raise CorruptOutput(f"the part {part_name(shard_id)} is missing") from None
         return name, decode(data, name)
+
+    def inputs_of_parts(self, shard_ids: Collection[str]) -> Iterator[tuple[str, str]]:
+        """
+        Yield the ids of parts, and the path of the input that each says it is of: for those without a record. Only footers are read.
+
+        Of a part that is gone, cannot be read, or is not what its name says, nothing is said.
+        """
+
+        def path_of(shard_id: str) -> str | None:
+            try:
+                with self.open_part(shard_id) as file:
+                    about = json.loads(pq.read_schema(file).metadata[PART_METADATA])["shard"]
+                return str(about["path"]) if about["id"] == shard_id else None
+            except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+                return None
+
+        if not shard_ids:
+            return
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            for shard_id, path in zip(shard_ids, pool.map(path_of, shard_ids), strict=True):
+                if path is not None:
+                    yield shard_id, path
 
     def open_part(self, shard_id: str) -> BinaryIO:
         """Open a part to read pieces of it, wherever it lies, superseded or not; raise FileNotFoundError if it lies nowhere."""

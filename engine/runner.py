@@ -7,10 +7,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from heapq import nlargest
 from typing import TYPE_CHECKING
 
-from engine import history, lease, switches, switching
-from engine.calibration import stored_calibration
+from engine import history, lease, switching
+from engine.costs import Costs
 from engine.errors import ConfigError, CorruptOutput, EngineError, SourceError, Stopped
 from engine.events import PoolStarted, RunPlanned, ShardDone
 from engine.former_parts import adopt_calibration, check_reuse, reuse_index
@@ -180,15 +181,11 @@ def _check_price(asked: Survey) -> None:
 
 
 def _max_tokens(asked: Survey) -> float | None:
-    """Return how many tokens `max_cost` leaves for this run, after what the committed shards have cost: to be asked once none can be added."""
+    """Return how many tokens `max_cost` leaves for this run, after what all runs have cost: to be asked once none can be added."""
     price = price_of(asked.config)
     if asked.config.max_cost is None or not price:
         return None
-    spent = sum(record.usage.cost or 0.0 for record in asked.ledger.records(sorted(asked.ledger.committed())))
-    spent += sum(former.cost or 0.0 for former in switches.since(asked.ledger.storage, 0))
-    if (sampled := stored_calibration(asked.ledger.storage)) and sampled.usage:
-        spent += sampled.usage.cost or 0.0
-    return (asked.config.max_cost - spent) / price * MILLION
+    return (asked.config.max_cost - (Costs(asked.ledger).total() or 0.0)) / price * MILLION
 
 
 def _stream(asked: Survey, tally: Tally, on_event: OnEvent, owned: Lease, entry: Entry) -> None:
@@ -209,7 +206,8 @@ def _stream(asked: Survey, tally: Tally, on_event: OnEvent, owned: Lease, entry:
         tally.num_actors = chosen.max_actors
         logger.info("embedding started: %d texts in %d shards", todo.pending_rows, len(todo.pending))
         on_event(PoolStarted(chosen.max_actors, chosen.kind))
-        tally.shards_at_risk = chosen.parcels_inside * chosen.max_actors
+        num_inside = chosen.parcels_inside * chosen.max_actors
+        tally.rows_at_risk = sum(nlargest(num_inside, (sum(map(len, group)) for group in groups)))
         exported = Metrics(asked.config.model, asked.job.fingerprint, todo.pending_rows)
         with _budget(asked.config, chosen, _max_tokens(asked), tally) as budget:
             try:

@@ -19,7 +19,7 @@ from typing import BinaryIO, Protocol
 
 from engine.buckets.place import is_bucket
 from engine.errors import ConfigError, EngineError
-from engine.object_storage import ObjectStorage
+from engine.object_storage import ObjectStorage, name_is_taken
 
 STAGING = "_engine/tmp"
 STAGING_MAX_AGE_S = 24 * 3600
@@ -53,12 +53,11 @@ class Storage(Protocol):
         """
         Yield the name, the size in bytes, and the age in seconds of each file below the root; nothing that links lead to.
 
-        Ages are since a file was put where it is, by the clock of the store, which a file is written for: that of this machine is not
-        looked at.
+        Ages are since a file was put where it is, by the clock of the store, which a file is written for: never by this machine's.
         """
 
     def rename(self, name: str, to: str) -> bool:
-        """Move `name` to the unused name `to`; return False if `name` is gone."""
+        """Move `name` to the unused name `to`; return False if `name` is gone. Raise EngineError if another file has that name."""
 
     def replace(self, name: str, data: bytes) -> None:
         """Put `data` under `name`, whole, whatever was there: for what may be lost, and is not part of a commit."""
@@ -96,8 +95,7 @@ class LocalStorage:
             except FileExistsError:
                 return False
             finally:
-                with suppress(FileNotFoundError):
-                    staging.unlink()
+                staging.unlink(missing_ok=True)
             sync_folder(final.parent)
         return True
 
@@ -140,16 +138,21 @@ class LocalStorage:
                             yield f"{below}{name}", status.st_size, now - max(status.st_mtime, status.st_ctime)
 
     def rename(self, name: str, to: str) -> bool:
-        """Move `name` to the unused name `to`; return False if `name` is gone."""
-        target = self._path(to)
+        """Move `name` to the unused name `to`; return False if `name` is gone. Raise EngineError if another file has that name."""
+        source, target = self._path(name), self._path(to)
         with _explained(self.root):
             self._folder(target.parent)
             try:
-                self._path(name).rename(target)
+                if not target.exists():  # rename(2) would replace it
+                    source.rename(target)
+                elif source.samefile(target) or source.read_bytes() == target.read_bytes():
+                    source.unlink()  # rename(2) would leave both names of one file
+                else:
+                    raise name_is_taken(self.root, to)
             except FileNotFoundError:
                 return False
             sync_folder(target.parent)
-            sync_folder(self._path(name).parent)
+            sync_folder(source.parent)
         return True
 
     def replace(self, name: str, data: bytes) -> None:
@@ -160,8 +163,7 @@ class LocalStorage:
             try:
                 staging.replace(self._path(name))
             finally:
-                with suppress(FileNotFoundError):
-                    staging.unlink()
+                staging.unlink(missing_ok=True)
 
     def delete(self, name: str) -> None:
         """Delete `name`, if it is there."""
@@ -191,8 +193,7 @@ class LocalStorage:
                 probe.write_bytes(b"1")
                 return probe.stat().st_mtime
             finally:
-                with suppress(FileNotFoundError):
-                    probe.unlink()
+                probe.unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
         return Path(self.root, name)
@@ -229,9 +230,7 @@ class LocalStorage:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
-            raise EngineError(
-                f"{path} is in the way: it must be a folder; move it, or use another output folder"
-            ) from None
+            raise EngineError(f"{path} is in the way: it must be a folder; move it, or use another output") from None
         for made in missing:
             sync_folder(made.parent)
         self._known.add(str(path))

@@ -39,7 +39,10 @@ class Standing:
     files: tuple[InputFile, ...] = ()
     """Of the source."""
     former: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    """Committed shards of other versions of inputs, by the inputs' paths: others take their place."""
+    """
+    Shards of other versions of inputs, by the inputs' paths: others take their place. They are committed, or a run died before it
+    could write their record.
+    """
     is_switching: bool = False
     """A run died while some took the place of others."""
     last_switch: int = 0
@@ -188,6 +191,12 @@ def _compare(ledger: Ledger, job: Job, inventory: Inventory, shapes: list[FileSh
     todo = make_plan(shapes, shard_rows=job.shard_rows, fingerprint=job.fingerprint, committed=shards.committed - gone)
     missing = frozenset(shard.id for shard in todo.pending if shard.id in gone)
     former, warnings = unlisted(ledger, todo, gone - missing, inventory, job)
+    pending = {shard.id for shard in todo.pending}
+    unplanned = parts - shards.committed - shards.switches.named.keys() - pending  # none, as a rule
+    listed = {file.path for file in inventory.files} if unplanned else set()
+    for shard_id, path in ledger.inputs_of_parts(unplanned):
+        if path in listed:
+            former[path] = former.get(path, frozenset()) | {shard_id}
     if missing:
         warnings.append(f"{len(missing)} parts are gone although they were committed: a run makes them again")
     lost = gone - missing - frozenset().union(*former.values())
@@ -198,7 +207,7 @@ def _compare(ledger: Ledger, job: Job, inventory: Inventory, shapes: list[FileSh
         )
     if not todo.num_rows:
         warnings.append("the source has no rows")
-    unrecorded = frozenset(shard.id for shard in todo.pending if shard.id in parts)
+    unrecorded = frozenset(pending & parts)
     is_switching = bool(shards.switches.open)
     return Standing(
         todo, missing, lost, unrecorded, tuple(warnings), inventory.files, former, is_switching, shards.switches.last

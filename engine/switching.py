@@ -61,8 +61,9 @@ def finish(ledger: Ledger) -> None:
     for written in Switches.of(ledger.storage).open:
         add = {_file(shard_id): held_name(shard_id) for shard_id in written.add}
         drop = {_file(shard_id): former_name(shard_id, "part") for shard_id in written.drop}
+        ledger.make_room({f"{DATA}/{name}": to for name, to in drop.items()})
         exchange(ledger.storage, DATA, add=add, drop=drop)
-        ledger.supersede(written.drop, written.number)
+        ledger.supersede(written.drop)
         ledger.storage.create(written.done_name(), b"")
 
 
@@ -77,7 +78,8 @@ def _due(ledger: Ledger, standing: Standing) -> Switch | None:
     shards = ledger.shards()
     pending = {shard.file.path for shard in standing.plan.pending if shard.id not in shards.committed}
     ready = standing.former.keys() - pending
-    drop = frozenset(shard_id for path in ready for shard_id in standing.former[path]) & shards.committed
+    there = shards.committed | ledger.part_ids()  # a part that a dead run left without a record goes too
+    drop = frozenset(shard_id for path in ready for shard_id in standing.former[path]) & there
     files = {file.path: (file.size, file.version) for file in standing.files if file.path in ready}
     add = set()
     for record in ledger.records(sorted(shards.held - standing.plan.unknown)):
@@ -86,7 +88,8 @@ def _due(ledger: Ledger, standing: Standing) -> Switch | None:
             files[record.path] = (record.size, record.version)
     if not drop and not add:
         return None
-    costs = [record.usage.cost for record in ledger.records(sorted(drop)) if record.usage.cost is not None]
+    recorded = ledger.records(sorted(drop & shards.committed))
+    costs = [record.usage.cost for record in recorded if record.usage.cost is not None]
     number = shards.switches.last + 1
     return Switch(number, frozenset(add), drop, files, sum(costs) if costs else None, utc_now())
 

@@ -60,7 +60,7 @@ class Tally:
     """Rows whose id another row of their shard has before them."""
     num_reused: int = 0
     """Rows whose vector was taken from another part."""
-    shards_at_risk: int = 0
+    rows_at_risk: int = 0
     """In flight at once, at most: what a crash would have lost."""
     num_changed_inputs: int = 0
 
@@ -156,7 +156,8 @@ class Tally:
         if not self.asked["num_requests"]:
             return None
         a_row = self.num_tokens / max(self.num_rows, 1)
-        at_risk = round(self.num_tokens / max(self.num_shards, 1) * min(self.shards_at_risk, self.num_shards))
+        num_all = self.num_rows + self.num_rejects
+        at_risk = round(self.num_tokens * min(self.rows_at_risk / max(num_all, 1), 1.0))
         return ProviderUse(
             **{name: self.asked[name] for name in ASKED},
             cost=self.cost,

@@ -154,8 +154,15 @@ class _Check:
     def leftovers(self, level: Level) -> None:
         """Look at what is there without a record, and at what is not there yet."""
         unrecorded = sorted(self._parts.keys() - set(self._committed))
-        if unrecorded:
-            self.warnings.append(f"{len(unrecorded)} parts have no record yet: the next run finishes their commit")
+        former = frozenset().union(*self._standing.former.values()) if self._standing else frozenset()
+        waiting = self._standing.unrecorded if self._standing else frozenset(unrecorded)
+        if num_waiting := len(waiting.intersection(unrecorded)):
+            self.warnings.append(f"{num_waiting} parts have no record yet: the next run finishes their commit")
+        if num_former := len(former.intersection(unrecorded)):
+            problem = f"{num_former} parts without a record are of inputs that changed since: who reads the folder sees former rows"
+            self.findings.append(Finding("", problem, "run the same command again: new rows take their place"))
+        if num_left := len(set(unrecorded) - waiting - former):
+            self.warnings.append(f"{num_left} parts have no record, and no run will make it: see `engine gc`")
         if level == "full":
             for shard_id in unrecorded:
                 try:

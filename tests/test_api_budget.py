@@ -309,6 +309,33 @@ def test_another_goes_first_where_the_first_has_failed_or_is_lost(clock):
     clock.run_until_complete(probing())
 
 
+def test_it_is_quiet_when_nothing_is_heard_and_nobody_is_made_to_wait(clock):
+    """What waits for its turn, or for the end of a pause, is alive, however long that takes; what died is heard of no more."""
+    budget = Budget(Limits(None, 600))
+
+    async def quiet_s() -> float:
+        return (await budget.standing()).quiet_s
+
+    async def going_quiet() -> None:
+        await budget.admit(3000)
+        waits = asyncio.create_task(budget.acquire(3000))
+        await asyncio.sleep(200)
+        assert not waits.done()
+        assert await quiet_s() == 0
+        grant = await waits
+        await asyncio.sleep(50)
+        assert await quiet_s() == pytest.approx(50)
+        await refused(budget, grant, wait_s=250)
+        await asyncio.sleep(240)
+        assert await quiet_s() == 0
+        await asyncio.sleep(30)
+        assert await quiet_s() == pytest.approx(20)
+        await budget.dismiss(3000, 3000, is_done=True)
+        assert await quiet_s() == 0
+
+    clock.run_until_complete(going_quiet())
+
+
 # Refused
 
 

@@ -17,6 +17,7 @@ import pytest
 
 import engine
 from engine.cli import main
+from engine.commits import Usage
 from engine.config import load_config
 from engine.errors import ConfigError, OutputInUse
 from engine.history import RUNS
@@ -48,7 +49,7 @@ STRANGE = ("data/notes.txt", "data/part-mine.parquet", "_engine/mine/a.json", "r
 class Output:
     """An output of three files in two folders, of 40 rows in two shards each, as a run leaves it, but made without Ray."""
 
-    def __init__(self, folder: Path, out: str = "") -> None:
+    def __init__(self, folder: Path, out: str = "", usage: Usage = USAGE) -> None:
         self.source, self.out = folder / "in", folder / "out"
         for name in ("a", "b", "deep/c"):
             path = self.source / f"{name}.parquet"
@@ -72,7 +73,7 @@ class Output:
                 shard=shard,
                 fingerprint=asked.job.fingerprint,
                 rejects=make_rejects(shard, rows),
-                usage=USAGE,
+                usage=usage,
             )
 
     def write(self, *names: str) -> None:
@@ -103,8 +104,11 @@ def output(tmp_path) -> Output:
 @contextmanager
 def later(seconds: float = 2 * DAY_S) -> Iterator[None]:
     """Let so much time pass by the clock of the store."""
-    now = LocalStorage._now
-    with patch.object(LocalStorage, "_now", lambda storage: now(storage) + seconds):
+    local, remote = LocalStorage._now, ObjectStorage._now
+    with (
+        patch.object(LocalStorage, "_now", lambda storage: local(storage) + seconds),
+        patch.object(ObjectStorage, "_now", lambda storage: remote(storage) + seconds),
+    ):
         yield
 
 

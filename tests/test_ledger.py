@@ -476,3 +476,21 @@ def test_a_part_that_is_there_after_all_is_not_forgotten(tmp_path):
     ledger.forget(shard_id)
     assert not (tmp_path / record_name(shard_id)).exists()
     assert not (tmp_path / rejects_name(shard_id)).exists()
+
+
+def forget(out: str) -> None:
+    Ledger(LocalStorage(out)).forget(SHARD.id)
+
+
+@pytest.mark.parametrize("function", [forget, set_aside])
+def test_rejects_of_a_lost_part_are_never_left_without_its_record(tmp_path, function):
+    """Whoever dies at any call: the shard may have other rejects when it is made again, and those would be in their way."""
+    start, shard = tmp_path / "start", make_shard()
+    publish(start)
+    (start / part_name(shard.id)).unlink()
+    outs = killed_at_each_call(tmp_path / "outs", function, start=start)
+    left = [((out / rejects_name(shard.id)).exists(), (out / record_name(shard.id)).exists()) for out in outs]
+    assert set(left) == {(True, True), (False, True), (False, False)}
+    for out in outs:
+        function(str(out))
+        publish(out, usage=Usage(slug=USAGE.slug, created_at="later"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -20,9 +21,15 @@ import pytest
 import ray
 
 import engine
+from engine.commits import Receipt
 from engine.errors import ConfigError, FingerprintMismatch, QuotaExhausted
+from engine.model_config import ModelConfig
+from engine.models.api.budget import Report
+from engine.pipeline import budget
+from engine.schema import InputFile, Shard
 from tests.kills import ROOT, wait_until
 from tests.strict_server import Server, serving, vector
+from tests.test_garbage import later
 
 pytestmark = pytest.mark.ray
 
@@ -129,6 +136,18 @@ def test_a_run_pays_each_text_once_and_tells_what_it_cost(source, server):
     assert server.stats()["num_requests"] == stats["num_requests"]
 
 
+def test_all_small_shards_that_are_in_flight_together_are_at_risk(source, server):
+    """They travel as one parcel, and a crash loses the whole of it: here all that the run paid for."""
+    text = pq.read_table(source / "a.parquet")["text"].to_pylist()[10:90]
+    for start in range(0, len(text), 2):
+        pq.write_table(pa.table({"id": ["x", "y"], "text": text[start : start + 2]}), source / f"b{start:02}.parquet")
+    (source / "a.parquet").unlink()
+    result = run(source, server, shard_rows=NUM_ROWS)
+    assert result.num_shards == 40
+    assert result.provider.tokens_at_risk == result.num_tokens
+    assert result.provider.cost_at_risk == pytest.approx(result.provider.cost)
+
+
 @pytest.mark.soak
 def test_several_actors_share_one_limit(source, server):
     """Three actors, none of which knows of the others, stay below what the server allows, and are never refused."""
@@ -142,6 +161,20 @@ def test_several_actors_share_one_limit(source, server):
     assert (
         stats["num_ok"] - 1 <= 600 / 60 * seconds * 1.02 + 2
     )  # evenly from the start, though the server's bucket is full then
+
+
+@pytest.mark.soak  # as the one with a model of one's own
+def test_a_pool_that_asks_a_provider_grows_to_its_maximum_while_there_is_work(tmp_path, server):
+    """Most parcels that such an actor is sent are inside it, so that one that waits shows less than with a model of one's own."""
+    server.behave(latency_s=1.0)
+    (tmp_path / "in").mkdir()
+    for number in range(40):
+        table = pa.table({"text": [f"text {row} of file {number}" for row in range(64)]})
+        pq.write_table(table, tmp_path / "in" / f"{number}.parquet")
+    few = {"shard_rows": 64, "batch_size": 64, "concurrent_requests": 2}
+    result = run(tmp_path / "in", server, id_column=None, num_actors=2, min_actors=1, **few)
+    assert result.num_rows == 40 * 64
+    assert server.stats()["concurrent_max"] > 2, "one actor made all requests"
 
 
 def test_max_cost_stops_before_it_is_passed_and_more_money_goes_on(source, server):
@@ -197,6 +230,53 @@ def test_what_was_reused_does_not_end_a_stopping_run_before_what_is_paid_is_comm
     assert "max-cost" in result.stopped
     assert result.num_reused == first.num_rows
     assert result.num_tokens == server.stats()["tokens_paid"] - paid > 0
+
+
+@pytest.mark.parametrize("how", ["lost", "set aside", "deleted"])
+def test_money_that_was_spent_is_spent_whatever_became_of_its_records(source, server, how):
+    """A part is lost, or damaged and set aside, or an input was deleted and cleared away: nothing is left of `max_cost` for more."""
+    out, path = source.parent / "out", source / "a.parquet"
+    most = run(source, server).provider.cost
+    if how == "lost":
+        next(out.glob("data/*")).unlink()
+    elif how == "set aside":
+        damaged = next(out.glob("data/*"))
+        damaged.write_bytes(damaged.read_bytes()[:-9])
+        assert engine.verify(out, "full", set_aside=True).set_aside
+    else:
+        texts = pa.array([f"text {row} of another source" for row in range(100)])
+        pq.write_table(pa.table({"id": texts, "text": texts}), source / "b.parquet")
+        path.unlink()
+        with later():
+            assert engine.gc(out, apply=True, inputs_gone=True).num_files
+    again = run(source, server, max_cost=most)
+    assert "max-cost" in again.stopped
+    assert again.num_rows == 0
+    assert server.stats()["tokens_paid"] / 1000 == pytest.approx(most) == engine.status(out).provider.cost
+
+
+def test_a_stopping_run_waits_for_its_orders_as_long_as_anything_is_heard_of_them(source, monkeypatch):
+    """An order of many requests takes long where few tokens a minute are allowed: only when all is silent an actor has died with it."""
+    monkeypatch.setattr(budget, "LOST_S", 1.0)
+    monkeypatch.setattr(budget, "ASK_EVERY_S", 0.0)
+    config = ModelConfig(model=MODEL, tokens_per_minute=10**9, request_timeout_s=0.5)
+    left = Receipt.left(Shard.of("", InputFile("a.parquet", str(source), 1, ""), 0, 1))
+
+    async def heard_of_for(seconds: float) -> None:
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            await client.report(await client.acquire(10), Report(10, is_answer=True))
+            assert not drain.is_empty()
+            await asyncio.sleep(0.2)
+
+    with budget.shared(config, 1, None) as shared:
+        client, drain = budget.BudgetClient(shared), budget.Drain(shared)
+        asyncio.run(client.admit(100))
+        drain.add([left])
+        asyncio.run(heard_of_for(4.0))
+        began = time.monotonic()
+        wait_until(drain.is_empty, 30)
+        assert time.monotonic() - began > 1.1, "a request may take half a second more"
 
 
 def test_the_forecast_leaves_out_what_a_run_will_reuse(source, server):

@@ -19,15 +19,18 @@ import pyarrow.parquet as pq
 import pytest
 
 import engine
+from engine.calibration import Calibration, fix
 from engine.cli import main
 from engine.commits import Usage
 from engine.config import load_config
 from engine.errors import ConfigError
-from engine.ledger import part_name
+from engine.ledger import Ledger, part_name
 from engine.reporting.health import NEAR, health_of
 from engine.reporting.timeline import MAX_SLOTS, Timeline
 from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Reject, Shard, vectors_type
+from engine.storage import LocalStorage
 from engine.survey import survey
+from engine.switches import Switch
 from tests.browser import NoBrowser, browser
 from tests.builders import hashes_of
 
@@ -215,6 +218,20 @@ def test_a_report_adds_up_what_records_say(out, tmp_path, capsys):
         "1 sampled vector",
     ):
         assert wanted in signs
+
+
+def test_the_cost_is_that_of_all_runs_as_status_says_it(out, tmp_path):
+    """Of the sample that calibrated int8 too, and of what was switched out or set aside since."""
+    shutil.copytree(out, tmp_path / "out")
+    ledger = Ledger(LocalStorage(str(tmp_path / "out")))
+    fix(ledger.storage, Calibration(0.1, "texts", usage=Usage(cost=2.0)))
+    former = Switch(1, frozenset(), frozenset(), {}, 4.0, START.isoformat())
+    for name, data in ((former.name(), former.to_bytes()), (former.done_name(), b"")):
+        ledger.storage.create(name, data)
+    ledger.set_aside(min(ledger.committed()))
+    engine.report(tmp_path / "out", tmp_path / "page.html")
+    assert engine.status(tmp_path / "out").provider.cost == pytest.approx(7.5)
+    assert "$7.50 cost" in Page(tmp_path / "page.html").text
 
 
 def test_the_plots_hold_the_rows_of_the_output(out, tmp_path):

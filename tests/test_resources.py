@@ -57,6 +57,12 @@ def test_device_cpu_leaves_gpus_alone():
     assert chosen({"CPU": 8, "GPU": 8}, device="cpu").num_gpus == 0
 
 
+def test_device_cpu_and_gpus_for_each_actor_contradict_each_other():
+    """The pool would hold the GPUs that are to be left alone, and the model would not use them."""
+    with pytest.raises(ConfigError, match="gpus_per_actor: device cpu leaves GPUs alone"):
+        chosen({"CPU": 8, "GPU": 8}, device="cpu", gpus_per_actor=1)
+
+
 def test_no_more_actors_start_than_there_is_work():
     """Three parcels on eight GPUs load three models."""
     assert chosen({"CPU": 64, "GPU": 8}, num_parcels=3).min_actors == 3
@@ -66,6 +72,17 @@ def test_a_pool_may_grow_past_the_cluster_of_now():
     """num_actors is where an autoscaler may take it."""
     got = chosen({"CPU": 8}, gpus_per_actor=1, num_actors=16)
     assert (got.min_actors, got.max_actors) == (1, 16)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "options", "room"), [({"CPU": 8}, {}, 2), ({"CPU": 8, "GPU": 2}, {"gpus_per_actor": 0.5}, 4)]
+)
+def test_more_actors_at_least_than_there_is_room_for_are_refused(cluster, options, room):
+    """They were as many as there is room for, without a word; unless --num-actors says that nodes will come."""
+    with pytest.raises(ConfigError, match=f"min_actors 8: an actor needs .* room for {room}: "):
+        chosen(cluster, min_actors=8, **options)
+    assert chosen(cluster, min_actors=room, **options).min_actors == room
+    assert chosen(cluster, min_actors=8, num_actors=8, **options).min_actors == 8
 
 
 def test_a_cluster_that_cannot_hold_an_actor_is_refused():
@@ -93,3 +110,10 @@ def test_actors_that_ask_a_provider_leave_half_of_the_cpus(cpus, num_actors):
     assert (got.max_actors, got.min_actors, got.num_gpus, got.kind) == (num_actors or 1, num_actors or 1, 0, "API")
     assert 0 < got.num_cpus * got.max_actors <= cpus / 2
     assert got.parcels_inside > 3
+
+
+def test_as_many_actors_ask_a_provider_as_there_are_to_be_at_least():
+    """By default one is the most; who asks for four to begin with raises that, and they share the same half of the cores."""
+    got = chosen({"CPU": 2}, model="openai:text-embedding-3-small", min_actors=4)
+    assert (got.min_actors, got.max_actors) == (4, 4)
+    assert 0 < got.num_cpus * got.max_actors <= 1

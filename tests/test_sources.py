@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import os
 from pathlib import Path
 
@@ -82,6 +84,59 @@ def test_globs_match_files_at_any_depth(folder):
 def test_a_glob_and_its_folder_give_the_same_paths(folder):
     """So the shards are the same, however the source is spelt."""
     assert list_inputs([str(folder / "in/[a-z].parquet")]).base == list_inputs([str(folder / "in")]).base
+
+
+@pytest.mark.parametrize("source", ["in", "in/**/*.pq", "in/**", "in/*/*/*.pq", "in/deep/*/c.pq", "in/d*/er/*"])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_a_folder_that_cannot_be_listed_is_an_error_that_names_it(folder, monkeypatch, source, number):
+    """As if it were empty, its rows would be missing from the output, and nobody would know."""
+    locked = "deep" if "deep/*" in source else "deep/er"
+    unlisted(folder / "in" / locked, number, monkeypatch)
+    with pytest.raises(SourceError, match=rf"in/{locked} cannot be read \({os.strerror(number)}\)"):
+        paths(folder / source)
+
+
+def test_a_folder_that_no_source_looks_into_may_be_unreadable(folder, monkeypatch):
+    """Hidden ones, those that a glob passes by, one that is gone meanwhile, and that of a disk's file system."""
+    expected = paths(folder / "in")
+    (folder / "in/lost+found").mkdir()
+    (folder / "in/gone").mkdir()
+    for name, number in ((".git", errno.EACCES), ("lost+found", errno.EACCES), ("gone", errno.ENOENT)):
+        unlisted(folder / "in" / name, number, monkeypatch)
+    assert paths(folder / "in") == expected
+    unlisted(folder / "in/deep", errno.EACCES, monkeypatch)
+    assert paths(folder / "in/*.parquet") == ["_metadata.parquet", "a.parquet", "b.parquet"]
+
+
+def unlisted(folder: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the listing of a folder fail: root may list them all."""
+    scandir = os.scandir
+
+    def failing(path="."):
+        if Path(path) == folder:
+            raise OSError(number, os.strerror(number), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["*", "**", "**/*", "*/*", "**/er/*", "**/deep/**", "d*/**/c.pq", "**/**", ".*", "**/.*", "[ab].parquet", "?.parquet",
+     "**/*.parquet", "*/er/c.pq", "loop/*", "**/d.parquet", "a.parquet/*", "nothing/*"],
+)  # fmt: skip
+def test_a_pattern_matches_what_it_does_in_the_shell_of_python(folder, pattern):
+    """`glob` itself is not asked, since it says nothing of folders that it cannot list."""
+    (folder / "in/loop").symlink_to(folder / "in/deep")
+    (folder / "in/deep/er" / ("long" * 60)).symlink_to(folder / "in/deep")
+    (folder / "in/deep/dead.pq").symlink_to(folder / "nothing")
+    found = sorted(path for path in glob.glob(f"{folder}/in/{pattern}", recursive=True) if os.path.isfile(path))  # noqa: PTH113, PTH207
+    expected = {os.path.realpath(path): path for path in reversed(found)}.values()  # each file once
+    if expected:
+        assert {file.location for file in list_inputs([f"{folder}/in/{pattern}"]).files} == set(expected)
+        return
+    with pytest.raises(SourceError, match="no files match"):
+        list_inputs([f"{folder}/in/{pattern}"])
 
 
 def test_a_file_that_is_named_twice_counts_once(folder):

@@ -194,6 +194,28 @@ def test_rename_moves_and_a_lost_name_is_no_error(any_store):
     assert any_store.read("aside/a.bad") == b"a"
 
 
+def test_rename_replaces_no_other_file_and_leaves_one_name_of_the_same(any_store):
+    """What a dead process had copied or linked already is moved; another file stays, and so does the one that was to be moved."""
+    any_store.create("data/a", b"a")
+    any_store.create("aside/a", b"a")
+    assert any_store.rename("data/a", "aside/a")
+    assert not list(any_store.names("data"))
+    any_store.create("data/a", b"b")
+    with pytest.raises(EngineError, match="is another file: nothing was moved"):
+        any_store.rename("data/a", "aside/a")
+    assert (any_store.read("data/a"), any_store.read("aside/a")) == (b"b", b"a")
+
+
+def test_a_second_link_to_a_file_is_no_obstacle_to_its_move(store):
+    """rename(2) does nothing then, and leaves both names."""
+    store.create("data/a", b"a")
+    Path(store.root, "aside").mkdir()
+    Path(store.root, "aside/a").hardlink_to(Path(store.root, "data/a"))
+    assert store.rename("data/a", "aside/a")
+    assert not list(store.names("data"))
+    assert store.read("aside/a") == b"a"
+
+
 def test_collect_staging_deletes_only_what_is_older_than_a_day(store):
     """A live writer's file stays; what a dead one left a day ago goes; nothing else is looked at."""
     folder = Path(store.root, STAGING)

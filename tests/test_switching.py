@@ -6,6 +6,9 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,17 +20,19 @@ import pyarrow.parquet as pq
 import pytest
 
 import engine
-from engine import exchange, switching
+from engine import exchange, places, switching
 from engine.config import JobConfig, load_config
 from engine.errors import EngineError, SourceChanged
+from engine.ledger import Ledger
 from engine.object_storage import ObjectStorage
-from engine.places import DATA, HELD, SUPERSEDED
+from engine.places import DATA, HELD, SUPERSEDED, held_name, part_name
 from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH
 from engine.sources.formats import read_shards
 from engine.sources.rows import Selection
 from engine.sources.texts import texts_in
 from engine.storage import LocalStorage, open_storage
 from engine.survey import Survey, opened, stored_config, survey
+from engine.switches import Switches
 from engine.text_hashes import text_hashes
 from tests.builders import USAGE, killed_at_each_call, vectors_type
 from tests.models import HashModel
@@ -39,6 +44,8 @@ exchange.GRACE_S = 0.0
 OLD = [f"old {row}" for row in range(30)]
 EDITED = [*OLD[:15], "edited", *OLD[16:]]
 LONGER = [*EDITED, *(f"appended {row}" for row in range(12))]
+SECONDS = map(float, count())
+"""That shards took: never the same, as in life, so the same shard made again is another part."""
 
 
 class Job:
@@ -97,7 +104,8 @@ def publish(asked: Survey, most: int | None = None) -> None:
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=vectors_type(vectors.shape[1]))
         columns = {"id": rows.table["id"], EMBEDDING: column, TEXT_HASH: text_hashes(texts)}
         table = pa.table(columns | {SOURCE_ROW: rows.table[SOURCE_ROW]})
-        asked.ledger.publish(table, shard=shard, fingerprint=asked.job.fingerprint, rejects=[], usage=USAGE)
+        usage = replace(USAGE, embed_s=next(SECONDS))
+        asked.ledger.publish(table, shard=shard, fingerprint=asked.job.fingerprint, rejects=[], usage=usage)
 
 
 def again(out: str) -> None:
@@ -255,12 +263,70 @@ def test_a_lost_part_of_former_rows_is_nothing_to_complain_of(job):
     assert engine.verify(job.out).num_shards == former
 
 
+@pytest.fixture(params=["disk", "bucket"])
+def any_job(request, tmp_path) -> Iterator[Job]:
+    """What holds wherever an output lies is tested on both."""
+    with serving() if request.param == "bucket" else nullcontext():
+        yield Job(tmp_path, f"s3://{BUCKET}/{tmp_path.name}/out" if request.param == "bucket" else "")
+
+
+def parts(out: str) -> set[str]:
+    """Return the ids of the parts that lie in the folder: each a row of a listing, as others see it."""
+    return places.seen_ids(open_storage(out))
+
+
+def come_back(job: Job) -> Rows:
+    """Let an input change, become what it was, with its shards embedded a second time, and change again; return its rows before that."""
+    job.write("a.parquet", OLD, 10**18)
+    for texts, second in ((EDITED, 2), (OLD, 1)):
+        embed(job.config)
+        job.write("a.parquet", texts, second * 10**18)
+    embed(job.config)
+    before = job.expected()
+    job.write("a.parquet", LONGER, 3 * 10**18)
+    return before
+
+
+def test_an_input_may_become_what_it_was_and_change_again(any_job):
+    """Its shards have the same ids again and other bytes: both copies are kept, and who began to read reads the last one."""
+    before = come_back(any_job)
+    former = {record.shard_id: record for record in opened(any_job.out)[0].records() if record.path == "a.parquet"}
+    batches = engine.read_batches(any_job.out)
+    embed(any_job.config)
+    any_job.check()
+    storage, live = open_storage(any_job.out), opened(any_job.out)[0].live()
+    assert parts(any_job.out) == live
+    assert _rows(pa.Table.from_batches(list(batches))) == before
+    copies = [name for name in storage.names(SUPERSEDED) if name[:32] in former]
+    assert len(copies) == 4 * len(former)  # a part and a record of each time
+    for shard_id, record in former.items():
+        assert opened(any_job.out)[0].part(shard_id, former=True).record == record
+        assert opened(any_job.out)[0].record(shard_id, former=True) == record
+    any_job.write("a.parquet", OLD, 10**18)
+    embed(any_job.config)
+    any_job.check()
+
+
+def test_an_output_that_such_a_change_has_stopped_is_finished(any_job):
+    """As older engines left it in a bucket: the switch written, the new parts in, and other parts where the former ones go."""
+    come_back(any_job)
+    asked, storage = survey(any_job.config), open_storage(any_job.out)
+    publish(asked)
+    with patch.object(switching, "finish"):
+        switching.switch(asked.ledger, asked.standing, lambda: None)
+    for shard_id in Switches.of(storage).open[0].add:
+        storage.rename(held_name(shard_id), part_name(shard_id))
+    embed(any_job.config)
+    any_job.check()
+    assert parts(any_job.out) == opened(any_job.out)[0].live()
+
+
 # Death, and others
 
 
 def waiting(job: Job, folder: Path) -> tuple[Rows, Rows]:
-    """Bring an output to where all new rows of an input are committed, and none is in yet."""
-    before = job.expected()
+    """Bring an output to where all new rows of an input are committed, and none is in yet; the former rows have come back before."""
+    before = come_back(job)
     job.write("a.parquet", EDITED[:20])
     asked = survey(job.config)
     publish(asked)
@@ -288,19 +354,21 @@ def test_a_switch_that_is_killed_at_any_call_is_carried_out_by_the_next_run(job,
         check(str(out), after)
 
 
-def test_in_a_bucket_a_run_that_ends_at_any_request_is_finished_by_the_next(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("num_versions", "step"), [(100, 3), (2, 5)], ids=["ever new", "to and fro"])
+def test_in_a_bucket_a_run_that_ends_at_any_request_is_finished_by_the_next(tmp_path, monkeypatch, num_versions, step):
     """By the records all or nothing; in the bucket new rows come in before the former go out."""
     with serving():
         job = Job(tmp_path, f"s3://{BUCKET}/{tmp_path.name}/out")
-        for number in range(0, 100, 3):
-            before = job.expected()
-            job.write("a.parquet", [f"version {number}", *OLD[:12]])
+        for number in range(0, 100, step):
+            before, version = job.expected(), number % num_versions
+            job.write("a.parquet", [f"version {version}", *OLD[:12]], (version + 1) * 10**16)
             publish(survey(job.config))
             if not dies_at(number, job, monkeypatch):
                 break
             assert read(job.out) in (before, job.expected())
             embed(job.config)
             assert read(job.out) == job.expected()
+            assert parts(job.out) == opened(job.out)[0].live()
         assert number > 10
         job.check()
 
@@ -325,6 +393,53 @@ def until_none_is(left: Iterator[int], original: Callable[..., Any]) -> Callable
         return original(*args)
 
     return act
+
+
+def die_before_the_record(job: Job, num_committed: int) -> Survey:
+    """Let a run over a new input end between the part of a shard and its record, after some other shards."""
+    job.write("b.parquet", OLD)
+    embed(job.config, num_committed)
+    asked = survey(job.config)
+    dying = patch.object(Ledger, "_record", side_effect=ConnectionAbortedError)
+    with dying, pytest.raises(ConnectionAbortedError):
+        publish(asked, 1)
+    return asked
+
+
+@pytest.mark.parametrize("num_committed", [0, 1])
+def test_a_part_that_a_dead_run_left_goes_with_the_former_rows_if_its_input_changes(any_job, num_committed):
+    """It has no record, and readers of the folder see it: with the new rows it would be there twice."""
+    die_before_the_record(any_job, num_committed)
+    before = parts(any_job.out)
+    any_job.write("b.parquet", LONGER)
+    embed(any_job.config, 2)
+    assert parts(any_job.out) == before  # not some new rows beside it
+    embed(any_job.config)
+    any_job.check()
+    assert parts(any_job.out) == opened(any_job.out)[0].live()
+
+
+def test_a_part_that_a_dead_run_left_beside_new_rows_is_found_and_taken_out(job, tmp_path):
+    """As older engines did: the rows are there twice for who reads the folder."""
+    died = die_before_the_record(job, 0)
+    left = Path(job.out, part_name(died.standing.plan.pending[0].id))
+    left.rename(tmp_path / "left")
+    job.write("b.parquet", LONGER)
+    embed(job.config)
+    (tmp_path / "left").rename(left)
+    found = engine.verify(job.out, "full").findings
+    assert ["1 parts without a record are of inputs that changed" in finding.problem for finding in found] == [True]
+    embed(job.config)
+    job.check()
+
+
+def test_a_part_without_a_record_whose_input_is_gone_is_for_gc(job):
+    """No run takes it up, and `verify` does not say that one does."""
+    die_before_the_record(job, 0)
+    (job.source / "b.parquet").unlink()
+    verdict = engine.verify(job.out, "full")
+    assert verdict.warnings == ["1 parts have no record, and no run will make it: see `engine gc`"]
+    assert not embed(job.config).standing.former
 
 
 def test_a_run_that_others_have_overtaken_puts_nothing_old_in(job):

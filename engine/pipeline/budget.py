@@ -33,7 +33,7 @@ AWAY_S = 5.0
 ASK_S = 30.0
 ASK_EVERY_S = 1.0
 LOST_S = 120.0
-"""Without a parcel, in a run that is stopping: longer than any request takes."""
+"""Of silence, in a run that is stopping: longer than any request takes, beside a `request_timeout_s` that was given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,8 @@ class Shared:
     limits: Limits
     share: float
     """Of the limits, for a worker that has lost the actor."""
+    lost_s: float
+    """Of silence, after which what was begun is not waited for."""
 
 
 @contextmanager
@@ -70,7 +72,7 @@ def shared(config: ModelConfig, num_actors: int, max_tokens: float | None) -> It
         .remote(limits, 1.0, max_tokens)
     )
     try:
-        yield Shared(actor, limits, 1 / num_actors)
+        yield Shared(actor, limits, 1 / num_actors, LOST_S + (config.request_timeout_s or 0.0))
     finally:
         with suppress(RayError):
             ray.kill(actor)
@@ -96,6 +98,7 @@ class Drain:
 
     def __init__(self, budget: Shared | None, *, was_used: bool = False) -> None:
         self._budget = budget
+        self._lost_s = budget.lost_s if budget else LOST_S
         before = standing(budget) if budget and was_used else None
         self._num_done = before.num_done if before else 0
         self._is_stopping = False
@@ -119,7 +122,7 @@ class Drain:
         found = standing(self._budget) if self._budget else None
         if found is None or (found.num_open <= 0 and self._num_done >= found.num_done):
             return True
-        return now - self._last_done > LOST_S  # an actor died with what it had begun
+        return min(now - self._last_done, found.quiet_s) > self._lost_s  # an actor died with what it had begun
 
     def raise_if_stopped(self) -> None:
         """Raise what has stopped the run, if anything has."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import ray
 import ray.data
 from ray.data.exceptions import ExecutionTimeoutError
-from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 
 from engine.errors import ConfigError, EngineError
 
@@ -108,11 +108,23 @@ def translated() -> Iterator[None]:
             _let_go(error)
             found.args = (found.message.partition(RAYS_ADVICE)[0], *found.args[1:])
             raise found from None
-        if isinstance(error, ActorDiedError):
+        if isinstance(error, RayActorError):
             raise EngineError(
-                "an actor died again and again over the same shard: a text or its node's memory may be the cause. What was "
-                "committed is kept. Smaller shards in a new output (--shard-rows) narrow it down; Ray's logs are in "
+                "an actor that embeds, or a publisher, died again and again over the same shard: a text, its node's memory or the output's "
+                "disk may be the cause. What was committed is kept. Smaller shards in a new output (--shard-rows) narrow it down; Ray's "
+                "logs are in /tmp/ray/session_latest/logs"
+            ) from error
+        if isinstance(error, OutOfMemoryError):
+            raise EngineError(
+                "Ray killed the same reader or actor again and again, since its node was out of memory. What was committed is kept. Smaller "
+                "shards in a new output (--shard-rows), or fewer actors (--num-actors), need less; Ray's logs are in "
                 "/tmp/ray/session_latest/logs"
+            ) from error
+        if isinstance(error, WorkerCrashedError):  # of a task, and only readers are tasks
+            raise EngineError(
+                "a reader died again and again over the same files: one that makes its library crash, or a node's memory, may be the "
+                "cause. What was committed is kept. Runs over some of the files into a new output (--source) narrow it down; what the "
+                "reader said last is in Ray's logs in /tmp/ray/session_latest/logs (worker-*.err)"
             ) from error
         if isinstance(error, ExecutionTimeoutError):
             raise EngineError(

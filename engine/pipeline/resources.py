@@ -67,11 +67,16 @@ def decide(config: JobConfig, nodes: Sequence[Mapping[str, float]], num_parcels:
         num_parcels: How much there is to do.
 
     Raises:
-        ConfigError: If no node can hold an actor and the cluster will not grow.
+        ConfigError: If no node can hold an actor, or all together not as many as there are to be at least, and the cluster will not
+            grow; or if GPUs are asked for, and to be left alone.
     """
     needs = registry.model_class(config.of_model()).needs(config)
     if not needs.has_device:
         return _without_device(config, needs, sum(node.get("CPU", 0.0) for node in nodes), num_parcels)
+    if config.device == "cpu" and config.gpus_per_actor is not None:
+        raise ConfigError(
+            "gpus_per_actor: device cpu leaves GPUs alone: give --gpus-per-actor or --device cpu, not both"
+        )
     wants_gpu = config.gpus_per_actor is not None or config.device.startswith("cuda")
     gpus = [node.get("GPU", 0.0) for node in nodes]
     cpus = [node.get("CPU", 0.0) for node in nodes]
@@ -94,6 +99,11 @@ def decide(config: JobConfig, nodes: Sequence[Mapping[str, float]], num_parcels:
             f"{lacking}: ask for less (--gpus-per-actor, "
             "--cpus-per-actor, --device cpu), or give --num-actors if an autoscaler will add nodes"
         )
+    if config.num_actors is None and (config.min_actors or 0) > room:
+        raise ConfigError(
+            f"min_actors {config.min_actors}: an actor needs {need}, and the cluster has room for {room}: ask for fewer, or for less "
+            "of each (--gpus-per-actor, --cpus-per-actor), or give --num-actors if an autoscaler will add nodes"
+        )
     most = config.num_actors or room
     least = config.min_actors or min(most, max(room, 1), max(num_parcels, 1))
     return Resources(num_cpus, num_gpus, num_threads, min(least, most), most, needs.parcels_inside, lacking)
@@ -105,7 +115,7 @@ def _without_device(config: JobConfig, needs: Needs, cpus: float, num_parcels: i
 
     However many are asked for, half of the cluster is left for readers and publishers, without which they would wait for ever.
     """
-    most = config.num_actors or needs.actors or 1
+    most = config.num_actors or max(needs.actors or 1, config.min_actors or 1)
     num_cpus = min(WAITING_CPUS, max(cpus, 1.0) / 2 / most)
     least = config.min_actors or min(most, max(num_parcels, 1))
     return Resources(num_cpus, 0.0, 0, min(least, most), most, needs.parcels_inside)

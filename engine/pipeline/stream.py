@@ -12,7 +12,7 @@ from ray.data.context import AutoscalingConfig
 
 from engine.commits import LEFT, Receipt
 from engine.ledger import Ledger
-from engine.pipeline import cluster
+from engine.pipeline import MAX_READER_CRASHES, cluster
 from engine.pipeline.budget import Drain
 from engine.pipeline.datasource import Parcel, ShardDatasource
 from engine.pipeline.parcel import unpack_receipts
@@ -28,8 +28,8 @@ MAX_CRASHES = 5
 """Of actors over one parcel. Ray's default is no limit, and a text that makes a library crash would be tried for ever."""
 PARCELS_WAITING = 1
 """Before an actor, so that none waits for Ray's scheduler to come round."""
-POOL_GROWS_AT = 1.3
-"""Parcels sent for each place inside a pool's actors. Ray's own 1.75 is never reached with the numbers above."""
+POOL_GROWS_AT = 0.9
+"""Of the parcels that may wait before its actors."""
 TASKS_IN_FLIGHT = 8
 """For a publisher, which is through with a parcel of small shards faster than Ray's scheduler comes round (0.1 s)."""
 
@@ -58,7 +58,7 @@ class Stream:
         wanted = {
             "target_max_block_size": 1,
             "execution_no_progress_timeout_s": self.stall_s or (NO_NODE_S if self.resources.lacking else STALL_S),
-            "autoscaling_config": AutoscalingConfig(actor_pool_util_upscaling_threshold=POOL_GROWS_AT),
+            "autoscaling_config": AutoscalingConfig(actor_pool_util_upscaling_threshold=self._full()),
         }
         with cluster.settings(**wanted), cluster.translated():
             blocks = self._chain().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
@@ -71,6 +71,11 @@ class Stream:
                     break
             drain.raise_if_stopped()
 
+    def _full(self) -> float:
+        """Return how many parcels are sent for each place inside the actors when the pool is to grow; Ray's own 1.75 never are."""
+        inside = self.resources.parcels_inside
+        return (inside + POOL_GROWS_AT * PARCELS_WAITING) / inside
+
     def _chain(self) -> ray.data.Dataset:
         chosen, place = self.resources, (self.ledger, self.fingerprint)
         is_last = not chosen.min_publishers
@@ -80,6 +85,7 @@ class Stream:
             override_num_blocks=source.num_read_tasks,
             num_cpus=LIGHT_CPUS,
             concurrency=chosen.max_readers,
+            ray_remote_args={"max_retries": MAX_READER_CRASHES},
         ).map_batches(
             CommittingWorker if is_last else EmbedWorker,
             fn_constructor_args=(self.work, *place) if is_last else (self.work,),
@@ -109,4 +115,5 @@ class Stream:
                 max_tasks_in_flight_per_actor=TASKS_IN_FLIGHT,
             ),
             num_cpus=LIGHT_CPUS,
+            max_task_retries=MAX_CRASHES,
         )

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from engine.commits import OTHER_REASONS, Receipt, idle_share, padding_share
+from engine.costs import Costs
 from engine.errors import CorruptOutput
 from engine.history import last_runs
 from engine.ledger import REJECTS
@@ -51,6 +52,8 @@ class Facts:
     num_bytes: int = 0
     dimension: int = 0
     embed_s: float = 0.0
+    cost: float | None = None
+    """Dollars of all runs together, for what is no more too; None if nobody knows the price."""
     tokens_a_row: Counter[int] = field(default_factory=Counter)
     """Rows by `bin_of` the mean tokens a row of their shard."""
     parts: list[tuple[str, int]] = field(default_factory=list)
@@ -98,9 +101,11 @@ def facts_of(ledger: Ledger) -> Facts:
     Raises:
         CorruptOutput: If a commit record cannot be read.
     """
-    facts = Facts()
+    facts, costs = Facts(), Costs(ledger)
     for record in ledger.records():
         facts.add(record)
+        costs.add(record)
+    facts.cost = costs.total()
     if facts.tally.num_rejects:
         facts.examples = _examples(ledger)
     facts.runs, facts.num_unreadable_runs = last_runs(ledger.storage)

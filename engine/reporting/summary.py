@@ -40,8 +40,8 @@ def tiles_of(facts: Facts, pending_rows: int | None, output_dtype: str = "float3
                 f"{tally.num_tokens / max(tally.num_rows, 1):,.1f} a row",
             )
         )
-    if tally.cost is not None:
-        tiles.append((dollars(tally.cost), "cost", ""))
+    if facts.cost is not None:
+        tiles.append((dollars(facts.cost), "cost", ""))
     tiles += [
         (grouped(facts.dimension), "dimensions", output_dtype),
         (size(facts.num_bytes), "of parts", f"{grouped(tally.num_shards)} shards"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fnmatch
 import glob
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,12 @@ from engine.sources.remote import exists, is_remote, joined, list_remote, normal
 
 SPLITS = "dataset_dict.json"
 """What is in a folder that a DatasetDict was saved to."""
+LOST = "lost+found"
+"""At the root of a disk: the file system's own, for root alone."""
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+"""Of an error: there is no such file or folder."""
+_UNMATCHED = (*_ABSENT, errno.ENAMETOOLONG)
+"""So end the paths that a pattern leads along, where a link leads to a folder above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +47,7 @@ def list_inputs(sources: Sequence[str], *, outside: str | None = None) -> Invent
         outside: The output's folder: neither may lie where the other is looked for, since a run would embed what it writes.
 
     Raises:
-        SourceError: If a source names nothing, or source and output are not apart.
+        SourceError: If a source names nothing, a folder of it cannot be listed, or source and output are not apart.
     """
     if any(is_remote(source) for source in sources):
         return Inventory(*list_remote(sources, is_input, outside))
@@ -110,12 +119,13 @@ def _expand(source: str) -> tuple[str, list[str]]:
         return str(Path(path).parent), [path]
     if not glob.has_magic(path):
         raise SourceError(f"there is no file or folder {source!r}; check the path (globs need quotes)")
-    paths = sorted(match for match in glob.glob(path, recursive=True) if Path(match).is_file())  # noqa: PTH207 - pathlib cannot match an absolute pattern
-    if not paths:
-        raise SourceError(f"no files match {source!r}")
     steps = Path(path).parts
     fixed = next(number for number, step in enumerate(steps) if glob.has_magic(step))
-    return str(Path(*steps[:fixed])), paths
+    root = str(Path(*steps[:fixed]))
+    paths = sorted(match for match in _matches(root, steps[fixed:]) if _is_file(match))
+    if not paths:
+        raise SourceError(f"no files match {source!r}")
+    return root, paths
 
 
 def _refuse_splits(folder: str, source: str) -> None:
@@ -131,7 +141,7 @@ def _refuse_splits(folder: str, source: str) -> None:
 
 def _below(folder: str) -> Iterator[str]:
     seen: set[str] = set()
-    for where, folders, names in os.walk(folder, followlinks=True):
+    for where, folders, names in os.walk(folder, onerror=_refuse_unreadable, followlinks=True):
         real = os.path.realpath(where)
         if real in seen:  # a link to a folder above, or a second way to the same files
             folders.clear()
@@ -141,6 +151,58 @@ def _below(folder: str) -> Iterator[str]:
         for name in names:
             if is_input(name) and not name.startswith((".", "_")):
                 yield str(Path(where, name))
+
+
+def _matches(folder: str, steps: Sequence[str]) -> Iterator[str]:
+    """
+    Yield the paths that the steps of a pattern match below a folder, some of them twice, and some that are not there.
+
+    The rules are those of `glob`, but that takes a folder that cannot be listed for an empty one.
+    """
+    step, rest = steps[0], steps[1:]
+    if not glob.has_magic(step):
+        path = str(Path(folder, step))
+        yield from _matches(path, rest) if rest else (path,)
+        return
+    if step == "**" and rest:
+        yield from _matches(folder, rest)
+    for name, is_file in _listed(folder):
+        path = str(Path(folder, name))
+        if name.startswith(".") and not step.startswith("."):
+            continue
+        if not rest and fnmatch.fnmatch(name, step):
+            yield path
+        if step == "**" and not is_file:
+            yield from _matches(path, steps)
+        elif rest and not is_file and fnmatch.fnmatch(name, step):
+            yield from _matches(path, rest)
+
+
+def _listed(folder: str) -> list[tuple[str, bool]]:
+    """Return the names in a folder, and of each whether it is a file, and surely no folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return [(entry.name, entry.is_file(follow_symlinks=False)) for entry in entries]
+    except OSError as error:
+        _refuse_unreadable(error, _UNMATCHED)
+        return []
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return stat.S_ISREG(Path(path).stat().st_mode)
+    except OSError as error:
+        _refuse_unreadable(error, _UNMATCHED)
+        return False
+
+
+def _refuse_unreadable(error: OSError, absent: Sequence[int] = _ABSENT) -> None:
+    """Raise SourceError for what is there and cannot be looked at: inputs in it would be missing from the output, and nobody told."""
+    if error.errno not in absent and Path(str(error.filename)).name != LOST:
+        raise SourceError(
+            f"{error.filename} cannot be read ({error.strerror}), so the files of the source cannot be told: make it readable, or name "
+            "sources without it"
+        ) from None
 
 
 def _stat(path: str) -> os.stat_result:

@@ -62,6 +62,8 @@ class Standing:
     """Orders that were answered in full, and paid for: what others had a vector for already, or has no text, is in none."""
     stopped_by: ProviderError | None
     """Why no more orders are admitted."""
+    quiet_s: float
+    """For which nothing was heard of any order or request, though this made nobody wait."""
 
 
 class BudgetPort(Protocol):
@@ -120,9 +122,11 @@ class Budget:
     _num_done: int = field(init=False, default=0)
     _stopped_by: ProviderError | None = field(init=False, default=None)
     _is_spent: bool = field(init=False, default=False)
+    _heard_at: float = field(init=False)
 
     def __post_init__(self) -> None:
         self._requests, self._tokens = Rate(), Rate()
+        self._heard_at = time.monotonic()
         self._set(self.given)
         self._has_heard = self.given.is_known
 
@@ -149,6 +153,7 @@ class Budget:
         self._check()
         self._committed[client] = self._committed.get(client, 0.0) + num_tokens
         self._num_open += 1
+        self._heard_at = time.monotonic()
         return self.request_tokens
 
     async def dismiss(self, num_tokens: int, paid_tokens: int, *, is_done: bool, client: str = "") -> None:
@@ -156,6 +161,7 @@ class Budget:
         self._committed[client] = self._committed.get(client, 0.0) + paid_tokens - num_tokens
         self._num_open -= 1
         self._num_done += is_done and paid_tokens > 0
+        self._heard_at = time.monotonic()
 
     async def acquire(self, num_tokens: float) -> Grant:
         """
@@ -172,13 +178,15 @@ class Budget:
             await self._pause()  # somebody may have been refused meanwhile
             self._check_fatal()
             grant = Grant(next(self._ids), self.request_tokens)
-            self._open[grant.id] = _Open(tokens, time.monotonic())
+            self._heard_at = time.monotonic()
+            self._open[grant.id] = _Open(tokens, self._heard_at)
             if len(self._open) > MAX_OPEN_GRANTS:
                 del self._open[next(iter(self._open))]
             return grant
 
     async def report(self, grant: Grant, report: Report) -> None:
         """Say what became of a request."""
+        self._heard_at = time.monotonic()
         opened = self._open.pop(grant.id, None)
         if report.limits is not None:
             self.learn(report.limits)
@@ -206,7 +214,9 @@ class Budget:
     async def standing(self) -> Standing:
         """Say what is known of the job."""
         limits = Limits(self._requests.limit, self._tokens.limit)
-        return Standing(limits, self._num_open, self._num_done, self._stopped_by)
+        now = time.monotonic()
+        quiet_s = 0.0 if self._turn.locked() else max(0.0, now - max(self._heard_at, self._paused_until))
+        return Standing(limits, self._num_open, self._num_done, self._stopped_by, quiet_s)
 
     @property
     def request_tokens(self) -> float:
