@@ -8,7 +8,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 PYTHON ?= python3# the interpreter that makes .venv
 KILLS ?= 1000# how many processes `make soak` kills
 LIMIT ?=# texts that `make demo` embeds; empty: all
-JOBS ?= 2# processes that run tests, one of them those that start Ray; 0: one for all
+JOBS ?= 2# processes that run tests, one of them those that start Ray, but the guides; 0: one for all
 ARGS ?=# more arguments for pytest, such as ARGS='-k plan -x'
 
 BIN := .venv/bin
