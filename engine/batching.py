@@ -22,7 +22,9 @@ SHARED = 0.7
 """Of its speed, what a core keeps that computes a batch together with others, which wake up for it, and wait for each other."""
 
 
-def pack(lengths: npt.NDArray[Any], *, max_tokens: int, max_rows: int | None = None) -> list[Positions]:
+def pack(
+    lengths: npt.NDArray[Any], *, max_tokens: int, max_rows: int | None = None, full_enough: float = FULL_ENOUGH
+) -> list[Positions]:
     """
     Group texts of near-equal length into batches.
 
@@ -30,13 +32,15 @@ def pack(lengths: npt.NDArray[Any], *, max_tokens: int, max_rows: int | None = N
         lengths: Tokens of each text, shape (texts,).
         max_tokens: Padded tokens a batch: its rows times its longest text. A longer text is a batch of its own.
         max_rows: Texts a batch.
+        full_enough: Of the rows that a batch may have, those from which on it may end early; with 1, none does.
 
     Returns:
         Positions into `lengths`, each exactly once. The longest texts come first, so that memory peaks in the first batch and
         the last ones, which end a shard, are short. A batch that is full enough ends where texts get much shorter,
         since each of those would be padded to its longest.
     """
-    return [batch for _, batch in pack_in_turns(lengths, [max_tokens], max_rows=max_rows)]
+    packed = pack_in_turns(lengths, [max_tokens], max_rows=max_rows, full_enough=full_enough)
+    return [batch for _, batch in packed]
 
 
 def pack_in_turns(
@@ -103,7 +107,7 @@ def pack_for_streams(
     budget = min(max_tokens, len(lengths) * longest)
     soonest, best = float("inf"), list[Positions]()
     while True:
-        batches = [batch for _, batch in pack_in_turns(lengths, [budget], max_rows=max_rows, full_enough=1)]
+        batches = pack(lengths, max_tokens=budget, max_rows=max_rows, full_enough=1)
         num_shares = max(num_streams // len(batches), 1) if can_share else 1
         speed = num_shares * SHARED if num_shares > 1 else 1
         done = [0.0] * num_streams

@@ -139,7 +139,7 @@ def test_streams_are_done_with_few_texts_no_later_than_under_one_budget(lengths,
     """One batch for all of them would leave the other streams idle."""
     lengths = np.array(lengths, np.int64)
     spread = pack_for_streams(lengths, max_tokens=budget, num_streams=streams, call_tokens=0, can_share=False)
-    full = [batch for _, batch in pack_in_turns(lengths, [budget], full_enough=1)]
+    full = pack(lengths, max_tokens=budget, full_enough=1)
     assert ended(lengths, spread, streams, 0) <= ended(lengths, full, streams, 0)
 
 
