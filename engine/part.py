@@ -128,7 +128,7 @@ def decode(data: bytes, name: str) -> Part:
     try:
         with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as parquet:
             table = parquet.read()
-        about = json.loads(table.schema.metadata[PART_METADATA])
+        about = about_of(table.schema)
         shard_fields = about["shard"]
         file = InputFile(shard_fields["path"], "", shard_fields["size"], shard_fields["version"])
         shard = Shard(shard_fields["id"], file, shard_fields["start"], shard_fields["stop"])
@@ -176,6 +176,17 @@ def _seal(data: bytes | bytearray) -> tuple[slice, bytes]:
 def vectors_of(table: pa.Table, vectors: VectorFormat | None = None) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Return the `embedding` column as an array of shape (rows, dimension), float32; its format is by default what the table says."""
     return dequantize(from_arrow(table.column(EMBEDDING)), vectors or format_of(table.schema))
+
+
+def about_of(schema: pa.Schema) -> dict[str, Any]:
+    """
+    Return what a part says of itself: its shard, fingerprint, rejects, usage and vectors.
+
+    Raises:
+        KeyError, TypeError, ValueError: If it says nothing, or nothing that can be read.
+    """
+    about: dict[str, Any] = json.loads(schema.metadata[PART_METADATA])
+    return about
 
 
 def format_of(schema: pa.Schema) -> VectorFormat:

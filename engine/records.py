@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from engine import places, switches
 from engine.commits import CommitRecord
 from engine.errors import CorruptOutput
-from engine.part import Part, decode
+from engine.part import Part, about_of, decode
 from engine.places import COMMITS, JOB, REJECTS, former_name, part_name, record_name
-from engine.schema import PART_METADATA, Job
+from engine.schema import Job
 from engine.storage import Storage
 from engine.switches import Switches
 
@@ -169,7 +169,7 @@ class Records:
         def path_of(shard_id: str) -> str | None:
             try:
                 with self.open_part(shard_id) as file:
-                    about = json.loads(pq.read_schema(file).metadata[PART_METADATA])["shard"]
+                    about = about_of(pq.read_schema(file))["shard"]
                 return str(about["path"]) if about["id"] == shard_id else None
             except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
                 return None

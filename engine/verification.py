@@ -10,7 +10,6 @@ Verification: an output held against its plan, its records, its files and, for a
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,10 +25,10 @@ from engine.commits import CommitRecord
 from engine.errors import ConfigError, CorruptOutput
 from engine.ledger import part_name, rejects_name
 from engine.models import registry
-from engine.part import format_of
+from engine.part import about_of, format_of
 from engine.repeated_ids import RepeatedIds
 from engine.results import Finding, VerifyResult
-from engine.schema import EMBEDDING, PART_METADATA, SOURCE_ROW
+from engine.schema import EMBEDDING, SOURCE_ROW
 from engine.sources import indexes
 from engine.sources.rows import Selection
 from engine.spot_check import lowest_cosine_to, texts_of
@@ -260,7 +259,7 @@ class _Check:
         try:
             with self._ledger.open_part(shard_id) as file, pq.ParquetFile(file) as parquet:
                 schema, num_rows = parquet.schema_arrow, parquet.metadata.num_rows
-            about = json.loads(schema.metadata[PART_METADATA])
+            about = about_of(schema)
             kind, vectors = schema.field(EMBEDDING).type, format_of(schema)
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             yield f"the footer of {name} cannot be read ({type(error).__name__})"
