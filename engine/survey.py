@@ -54,7 +54,7 @@ class Standing:
         Rows of a source in memory are committed in blocks that it does not have any more, and are in others now. Which are in which is not
         known, so all new ones take the place of the former at once.
         """
-        return bool(self.former.keys() - {file.path for file in self.files})
+        return bool(self.former) and bool(self.former.keys() - {file.path for file in self.files})
 
     @property
     def told(self) -> list[str]:

@@ -78,8 +78,9 @@ def _due(ledger: Ledger, standing: Standing) -> Switch | None:
     shards = ledger.shards()
     pending = {shard.file.path for shard in standing.plan.pending if shard.id not in shards.committed}
     ready = standing.former.keys() - pending
-    there = shards.committed | ledger.part_ids()  # a part that a dead run left without a record goes too
-    drop = frozenset(shard_id for path in ready for shard_id in standing.former[path]) & there
+    drop = frozenset(shard_id for path in ready for shard_id in standing.former[path])
+    if drop:
+        drop &= shards.committed | ledger.part_ids()  # a part that a dead run left without a record goes too
     files = {file.path: (file.size, file.version) for file in standing.files if file.path in ready}
     add = set()
     for record in ledger.records(sorted(shards.held - standing.plan.unknown)):
