@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -59,22 +60,25 @@ class DyingPublisher(Publisher):
         return block
 
 
+def assert_ends(source: Path, monkeypatch: pytest.MonkeyPatch, place: str, dying: Any, said: str) -> None:
+    """Run with what dies in its place, which ends with a message, and once more without it, which finishes the work."""
+    with monkeypatch.context() as patched:
+        patched.setattr(place, dying)
+        with pytest.raises(EngineError, match=said):
+            run(source)
+    assert run(source).pending_rows == 0
+
+
 def test_a_file_over_which_readers_die_ends_the_run_which_says_so(source, monkeypatch):
     """Ray would start a reader again for ever; the other files are committed, and wait for nobody."""
     monkeypatch.setattr("engine.pipeline.stream.MAX_READER_CRASHES", CRASHES)
-    with monkeypatch.context() as patched:
-        patched.setattr("engine.pipeline.datasource._read", read_and_die)
-        with pytest.raises(EngineError, match="a reader died again and again"):
-            run(source)
-    assert run(source).pending_rows == 0
+    said = "a reader died again and again"
+    assert_ends(source, monkeypatch, "engine.pipeline.datasource._read", read_and_die, said)
 
 
 @pytest.mark.soak  # Ray is given a minute and a half to learn whether the last one was lost with its node
 def test_a_shard_over_which_publishers_die_ends_the_run_which_says_so(source, monkeypatch):
     """As one over which actors die that embed."""
     monkeypatch.setattr("engine.pipeline.stream.MAX_CRASHES", CRASHES)
-    with monkeypatch.context() as patched:
-        patched.setattr("engine.pipeline.stream.Publisher", DyingPublisher)
-        with pytest.raises(EngineError, match="or a publisher, died again and again"):
-            run(source)
-    assert run(source).pending_rows == 0
+    said = "or a publisher, died again and again"
+    assert_ends(source, monkeypatch, "engine.pipeline.stream.Publisher", DyingPublisher, said)

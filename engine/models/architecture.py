@@ -41,7 +41,7 @@ def num_known_tokens(model: SentenceTransformer) -> int | None:
     """Return how many tokens a plain transformer has embeddings for, which may be fewer than its tokenizer has; None if it does not say."""
     try:
         table = model[0].auto_model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # a class, a Hub's own among them, need not say which table it is
         return None
     return table.num_embeddings if isinstance(table, torch.nn.Embedding) else None
 
