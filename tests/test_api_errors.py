@@ -14,6 +14,7 @@ from email.utils import format_datetime
 import numpy as np
 import pytest
 
+import engine
 from engine.errors import (
     AuthenticationFailed,
     EngineError,
@@ -23,9 +24,9 @@ from engine.errors import (
     Stopped,
 )
 from engine.models.base import PROBE
-from tests.api_servers import DIMENSION, KEY, OWN, assert_right, numbered
+from tests.api_servers import DIMENSION, EXACT, KEY, OWN, assert_right, numbered
 from tests.builders import free_port
-from tests.strict_server import ROOT
+from tests.strict_server import ROOT, vector
 
 pytest_plugins = ("tests.api_servers",)
 
@@ -122,15 +123,39 @@ def test_what_no_wait_mends_ends_the_run_at_once(server, connect, fault, error):
 
 
 def test_what_ends_the_run_ends_all_calls(server, connect):
-    """Those that wait, and those that come after: they are told why."""
+    """Those that wait are told why."""
     server.behave(faults=[status(401, -1, containing=TEXTS[0])], latency_s=0.1)
     client = connect(n_concurrent_jobs=1, model_batch_size=40)
     answers = client.at_once(TEXTS, numbered(40, "more"), numbered(40, "most"))
     assert isinstance(answers[0], AuthenticationFailed)
     assert all(isinstance(answer, Stopped) for answer in answers[1:])
-    with pytest.raises(Stopped, match="does not accept the key"):
-        client.rows(["another"])
+    assert all("does not accept the key" in answer.message for answer in answers[1:])
     assert len(client.books.sent) == 1
+
+
+def test_a_model_that_is_kept_asks_again_after_what_ended_a_call(server, connect):
+    """In a notebook quota is added, and the same model called again; a trouble that was given up does not count for the next call."""
+    client = connect(give_up_s=0.3)
+    for fault, error in (
+        (status(429, code="insufficient_quota"), QuotaExhausted),
+        (status(429, -1, headers={"retry-after-ms": "50"}), ProviderError),
+    ):
+        server.behave(faults=[fault])
+        with pytest.raises(error):
+            client.rows(TEXTS)
+        server.behave(faults=[status(429, headers={"retry-after-ms": "50"})])
+        assert_right(client.rows(TEXTS), TEXTS)
+
+
+def test_embed_goes_by_the_key_that_there_is_after_an_error(server, key, monkeypatch):
+    """A notebook lives on: what is put right in it counts for the next call, with the same options."""
+    options = {"model": f"openai:{EXACT}", "base_url": server.url}
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-a-wrong-one")
+    server.behave(key=key)
+    with pytest.raises(AuthenticationFailed):
+        engine.embed(TEXTS, **options)
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    np.testing.assert_allclose(engine.embed(TEXTS, **options), [vector(text, DIMENSION) for text in TEXTS], atol=1e-6)
 
 
 def test_a_key_that_the_server_does_not_know_ends_the_run(server, connect):

@@ -384,6 +384,24 @@ def test_embed_keeps_the_model_for_the_next_call(reference, sentences):
     assert engine.embed(["again"], **options).shape == (1, 384)
 
 
+@pytest.mark.parametrize(("device", "num_built"), [("cpu", 2), ("cuda:0", 1)])
+def test_embed_keeps_one_model_for_little_text_and_for_much(monkeypatch, device, num_built):
+    """On a CPU much text is worth another backend; a GPU has none, and may not have room for the model twice."""
+    built = []
+
+    def build(config):
+        built.append(config.backend)
+        model = HashModel(4)
+        model.device = device
+        return model
+
+    monkeypatch.setattr(registry, "build", build)
+    options = {"model": f"sentence-transformers:{PACKAGED}", "max_length": 100 + num_built}
+    for text in ("little", "much " * 100_000, "little", "much " * 100_000):
+        assert engine.embed([text], **options).shape == (1, 4)
+    assert built == ["torch", "auto"][:num_built]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

@@ -7,8 +7,6 @@ It is connected to with what the environment says where it is opened, or with th
 from __future__ import annotations
 
 import os
-import random
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +14,8 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
 from engine.buckets.place import Place
 from engine.buckets.trouble import TurnedAway, explanation, is_known, may_pass
@@ -132,18 +132,14 @@ class Bucket:
 
     def _persistently(self, verb: str, act: Callable[[], _Answer]) -> _Answer:
         """Do something again and again, while it fails with what may pass and the time is not up."""
-        ends = time.monotonic() + PATIENCE_S
-        wait = FIRST_WAIT_S
-        while True:
-            with self._explained(verb):
-                try:
-                    return act()
-                except Exception as error:
-                    pause = random.uniform(wait / 2, wait)  # noqa: S311 - so that many do not come back at once
-                    if not may_pass(error) or time.monotonic() + pause > ends:
-                        raise
-            time.sleep(pause)
-            wait = min(2 * wait, LONGEST_WAIT_S)
+        patient = Retrying(
+            retry=retry_if_exception(may_pass),
+            stop=stop_before_delay(PATIENCE_S),
+            wait=wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S, min=FIRST_WAIT_S / 2),
+            reraise=True,
+        )
+        with self._explained(verb):
+            return patient(act)
 
     @contextmanager
     def _explained(self, verb: str) -> Iterator[None]:

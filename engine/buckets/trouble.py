@@ -17,7 +17,7 @@ class TurnedAway(Exception):
     """An object could not be created and is not there: of several that write at once all may be turned away."""
 
 
-def may_pass(error: Exception) -> bool:
+def may_pass(error: BaseException) -> bool:
     """Say whether what failed may work in a moment."""
     from obstore.exceptions import AlreadyExistsError, GenericError
 
@@ -34,7 +34,7 @@ def is_known(error: Exception) -> bool:
     return _code(error) in _ADVICE
 
 
-def _status(error: Exception) -> int:
+def _status(error: BaseException) -> int:
     found = re.search(r"status code: (\d{3})", str(error))
     return int(found.group(1)) if found else 0
 
@@ -45,7 +45,7 @@ def _code(error: Exception) -> str:
     return found.group(1) if found else ""
 
 
-def _has_no_keys(error: Exception) -> bool:
+def _has_no_keys(error: BaseException) -> bool:
     """Say whether it was the role of the machine that was asked for keys, in vain: the last place that a library looks at."""
     said = str(error)
     return any(sign in said for sign in ("/latest/api/token", "/latest/meta-data", "token request", "MissingAccount"))

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import stamina
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from engine.errors import EngineError, SourceError
 from engine.schema import InputFile
@@ -165,24 +165,29 @@ def _commit(address: _Address) -> tuple[Any, str]:
 
 def _asked(question: Callable[[], _Answer]) -> _Answer:
     """Ask the Hub, and again while it does not answer as it should: its own client does that for pieces of files alone."""
-    for attempt in stamina.retry_context(
-        on=_passes, attempts=ATTEMPTS, timeout=None, wait_initial=FIRST_WAIT_S, wait_max=LONGEST_WAIT_S
-    ):
-        with attempt:
-            answer = question()
-    return answer
+    patient = Retrying(
+        retry=retry_if_exception(_may_pass), stop=stop_after_attempt(ATTEMPTS), wait=_pause_s, reraise=True
+    )
+    return patient(question)
 
 
-def _passes(error: Exception) -> bool | float:
-    """Say whether an error may be gone at the next attempt; or after how many seconds, if the Hub says so: it counts in windows of minutes."""
+def _may_pass(error: BaseException) -> bool:
+    """Say whether an error may be gone at the next attempt."""
     answer = getattr(error, "response", None)
     if answer is None:
         return type(error).__module__.partition(".")[0] in _CLIENTS
-    if answer.status_code not in _PASSING:
-        return False
-    left = re.search(r"\bt=(\d+)", answer.headers.get("ratelimit", "")) if answer.status_code == TOO_MANY else None
-    asked = left[1] if left else answer.headers.get("retry-after", "")
-    return min(float(asked), LONGEST_WINDOW_S) + 1.0 if asked.isdigit() else True
+    return answer.status_code in _PASSING
+
+
+def _pause_s(state: RetryCallState) -> float:
+    """Return how long to wait: as long as the Hub says, which counts in windows of minutes, or else longer each time."""
+    answer = getattr(state.outcome and state.outcome.exception(), "response", None)
+    if answer is not None:
+        left = re.search(r"\bt=(\d+)", answer.headers.get("ratelimit", "")) if answer.status_code == TOO_MANY else None
+        asked = left[1] if left else answer.headers.get("retry-after", "")
+        if asked.isdigit():
+            return min(float(asked), LONGEST_WINDOW_S) + 1.0
+    return wait_exponential_jitter(initial=FIRST_WAIT_S, max=LONGEST_WAIT_S)(state)
 
 
 def _file(address: _Address, commit: str, entry: Any) -> InputFile:

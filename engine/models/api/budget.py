@@ -102,11 +102,13 @@ class Budget:
         given: Limits that the user gave; those that are None are learned from the provider.
         share: Of the limits, what this budget may spend.
         max_tokens: Of all orders together; None for no limit.
+        is_resident: It is of a model that somebody keeps, and not of a job: what stopped it ends the orders of that time, not later ones.
     """
 
     given: Limits = field(default_factory=Limits)
     share: float = 1.0
     max_tokens: float | None = None
+    is_resident: bool = False
     _requests: Rate = field(init=False)
     _tokens: Rate = field(init=False)
     _turn: asyncio.Lock = field(init=False, default_factory=asyncio.Lock)
@@ -162,6 +164,8 @@ class Budget:
         self._num_open -= 1
         self._num_done += is_done and paid_tokens > 0
         self._heard_at = time.monotonic()
+        if self.is_resident and not self._num_open:
+            self._stopped_by = None
 
     async def acquire(self, num_tokens: float) -> Grant:
         """

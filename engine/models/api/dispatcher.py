@@ -57,6 +57,7 @@ class Dispatcher:
         self._waiting: deque[Piece] = deque()
         self._again: deque[Group] = deque()
         self._slots = asyncio.Semaphore(manners.num_concurrent)
+        self._orders: set[Order] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_unit: bool | None = None
         self._dispatching: asyncio.Task[None] | None = None
@@ -64,6 +65,10 @@ class Dispatcher:
     def send(self, order: Order, budget_weight: float) -> None:
         """Take on an order. Its future is done when all its texts are settled."""
         self._budget_weight = budget_weight
+        if not self._orders:
+            self._recovery.begin()
+        self._orders.add(order)
+        order.done.add_done_callback(lambda _: self._orders.discard(order))
         self._waiting.extend(order.pieces())
         self._go()
 

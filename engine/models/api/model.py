@@ -87,7 +87,7 @@ class ApiEmbeddingModel(BaseEmbeddingModel):
         self._give_up_s = give_up_s
         self._long_texts: LongTexts = long_texts
         self._prompt = prompt or ""
-        self._budget: BudgetPort = Budget(Limits(requests_per_minute, tokens_per_minute))
+        self._budget: BudgetPort = Budget(Limits(requests_per_minute, tokens_per_minute), is_resident=True)
         self._dispatcher: Dispatcher | None = None
         self._thread = LoopThread("api-loop")
 

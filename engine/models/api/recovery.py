@@ -68,6 +68,10 @@ class Recovery:
             self._probing.cancel()
             await asyncio.gather(self._probing, return_exceptions=True)
 
+    def begin(self) -> None:
+        """Note that nobody waits for an answer: a trouble that was given up, or came long ago, is not the next order's."""
+        self._trouble_since = None
+
     def good(self) -> None:
         """Note that the provider has answered as it should."""
         self._last_good = time.monotonic()
