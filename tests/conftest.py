@@ -117,7 +117,11 @@ def s3(s3_server: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
 
 @pytest.fixture(autouse=True)
 def _actors_have_left(request: pytest.FixtureRequest) -> None:
-    """Wait until the cores of a shared Ray are free: after a run that failed, an actor keeps its own until Python collects what led to it."""
+    """
+    Wait until the cores of a shared Ray are free.
+
+    After a run that failed, an actor keeps its own until Python collects what led to it: up to a second, so it is asked to only then.
+    """
     if "shared_ray" not in request.fixturenames:
         return
     import ray
@@ -125,6 +129,8 @@ def _actors_have_left(request: pytest.FixtureRequest) -> None:
     from tests.kills import wait_until
 
     def are_free() -> bool:
+        if ray.available_resources().get("CPU") == 2:
+            return True
         gc.collect()
         return bool(ray.available_resources().get("CPU") == 2)
 

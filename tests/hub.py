@@ -50,6 +50,7 @@ class _Handler(BaseHTTPRequestHandler):
     """Answers as the Hub does: a listing in pages, and for a file's content a redirect to where it lies."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     hub: Hub
 
     def do_GET(self) -> None:

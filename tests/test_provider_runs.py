@@ -279,34 +279,6 @@ def test_a_stopping_run_waits_for_its_orders_as_long_as_anything_is_heard_of_the
         assert time.monotonic() - began > 1.1, "a request may take half a second more"
 
 
-def test_the_forecast_leaves_out_what_a_run_will_reuse(source, server):
-    """Of an input that changed, and of another output: tokens, dollars and requests are those that the server then sees."""
-    out, path = source.parent / "out", source / "a.parquet"
-    whole = run(source, server).num_tokens
-    table = pq.read_table(path).to_pydict()
-    table["text"][700] = "another text, that is new"
-    table["text"][710:712] = ["added twice"] * 2
-    pq.write_table(pa.table(table), path)
-    written = sorted(out.rglob("*"))
-    for given in ({}, {"output": str(source.parent / "second"), "reuse": [str(out)]}):
-        server.reset()
-        forecast = engine.plan(**options(source, server, **given)).forecast
-        assert (forecast.num_texts, forecast.num_duplicates, forecast.num_reused) == (2, 1, 892)
-        assert 0 < forecast.num_tokens < whole / 50
-        assert forecast.cost == pytest.approx(forecast.num_tokens / 1000)
-        assert "892 rows" in forecast.lines()["reused"]
-        assert sorted(out.rglob("*")) == written
-        if given:  # while the first output is as it was
-            assert run(source, server, **given).num_reused == 892
-            assert server.stats()["tokens_paid"] == forecast.num_tokens
-    forecast = engine.plan(**options(source, server)).forecast
-    server.reset()
-    run(source, server)
-    assert server.stats()["tokens_paid"] == forecast.num_tokens
-    assert engine.plan(**options(source, server)).forecast.num_reused == 0
-    check(source)
-
-
 def test_max_cost_wants_a_price(source, server):
     """Nobody knows what a server of one's own costs."""
     with pytest.raises(ConfigError, match="--token-price"):
