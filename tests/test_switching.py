@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,8 +27,10 @@ from engine.ledger import Ledger
 from engine.object_storage import ObjectStorage
 from engine.places import DATA, HELD, SUPERSEDED, held_name, part_name
 from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH
+from engine.sources import in_memory
 from engine.sources.formats import read_shards
 from engine.sources.rows import Selection
+from engine.sources.tables import tables_of
 from engine.sources.texts import texts_in
 from engine.storage import LocalStorage, open_storage
 from engine.survey import Survey, opened, stored_config, survey
@@ -86,18 +88,19 @@ class Job:
         check(self.out, self.expected())
 
 
-def embed(config: JobConfig, most: int | None = None) -> Survey:
+def embed(config: JobConfig, most: int | None = None, *, last_first: bool = False) -> Survey:
     """Do what a run does, with `most` shards of those that are pending."""
     asked = survey(config)
     asked.ledger.claim(asked.job)
+    in_memory.remember(asked.ledger.storage, config.source)
     switching.finish(asked.ledger)
-    publish(asked, most)
+    publish(asked, most, last_first=last_first)
     switching.switch(asked.ledger, asked.standing, lambda: None)
     return asked
 
 
-def publish(asked: Survey, most: int | None = None) -> None:
-    for shard in asked.standing.plan.pending[:most]:
+def publish(asked: Survey, most: int | None = None, *, last_first: bool = False) -> None:
+    for shard in asked.standing.plan.pending[:: -1 if last_first else 1][:most]:
         rows = next(read_shards([shard], Selection.of(asked.config, asked.job.kept_types)))
         texts = texts_in(rows)[0]
         vectors = np.stack([MODEL.vector(text) for text in texts])
@@ -400,10 +403,14 @@ def die_before_the_record(job: Job, num_committed: int) -> Survey:
     job.write("b.parquet", OLD)
     embed(job.config, num_committed)
     asked = survey(job.config)
+    die_at_the_record(asked)
+    return asked
+
+
+def die_at_the_record(asked: Survey) -> None:
     dying = patch.object(Ledger, "_record", side_effect=ConnectionAbortedError)
     with dying, pytest.raises(ConnectionAbortedError):
         publish(asked, 1)
-    return asked
 
 
 @pytest.mark.parametrize("num_committed", [0, 1])
@@ -475,6 +482,107 @@ def test_of_two_that_switch_at_once_one_is_told(job):
         switching.switch(asked.ledger, asked.standing, lambda: None)
     embed(job.config)
     job.check()
+
+
+# Tables in memory, which are one input
+
+
+class Table:
+    """The output of 10 rows a shard and 64 a block of a table in memory that changes: made without Ray."""
+
+    def __init__(self, folder: Path) -> None:
+        self.out = str(folder / "out")
+
+    def config(self, texts: dict[str, str], cuts: tuple[int, ...] = ()) -> JobConfig:
+        """Stage texts, by their ids; with `cuts` as a Ray Dataset of blocks that end there."""
+        config = load_config(
+            source="memory:", output=self.out, model="custom:tests.models.HashModel", id_column="id", shard_rows=10
+        )
+        table = pa.table({"id": pa.array(texts, pa.string()), "text": pa.array(texts.values(), pa.string())})
+        blocks = [table.slice(start, stop - start) for start, stop in pairwise(cuts)] or [table]
+        selection = Selection.of(config)
+        pieces = (piece for block in blocks for piece in tables_of(block, selection))
+        name = in_memory.stage(pieces, open_storage(self.out), selection, is_ordered=not cuts)
+        return config.model_copy(update={"source": (name,)})
+
+    def check(self, texts: dict[str, str]) -> None:
+        """Make sure that the output is that table, and has nothing left over."""
+        check(self.out, vectors_of(texts))
+        assert parts(self.out) == opened(self.out)[0].live()
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch) -> Table:
+    monkeypatch.setattr(in_memory, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(in_memory, "PIECE_ROWS", 8)
+    monkeypatch.setattr(in_memory, "BLOCK_BYTES", 4000)
+    return Table(tmp_path)
+
+
+def numbered(rows: Iterable[int], longer: str = "") -> dict[str, str]:
+    return {f"id-{row}": f"text {row}{longer}" for row in rows}
+
+
+def vectors_of(texts: dict[str, str]) -> Rows:
+    return {key: tuple(MODEL.vector(text).tolist()) for key, text in texts.items()}
+
+
+TABLES = {
+    "filtered": numbered(row for row in range(136) if row % 3),
+    "its first block dropped": numbered(range(64, 136)),
+    "its last block dropped": numbered(range(128)),
+    "cut": numbered(range(50)),
+    "rows in front": numbered([*range(1000, 1020), *range(136)]),
+    "rows within": numbered([*range(70), *range(1000, 1020), *range(70, 136)]),
+    "rows behind": numbered(range(160)),
+    "sorted anew": numbered(reversed(range(136))),
+    "longer texts": numbered(range(136), "x" * 80),
+    "other texts": numbered(range(136), "x"),
+    "emptied": {},
+}
+
+
+@pytest.mark.parametrize("last_first", [False, True])
+@pytest.mark.parametrize("change", TABLES)
+def test_a_table_that_changes_is_switched_as_a_whole(table, change, last_first):
+    """Whichever of its blocks are done first, and however it is cut now: all rows as they were until none is left to do, then those that it has."""
+    former, texts = numbered(range(136)), TABLES[change]
+    embed(table.config(former))
+    config = table.config(texts)
+    num_pending = len(survey(config).standing.plan.pending)
+    for _ in range(0, num_pending, 5):
+        assert read(table.out) == seen(table.out) == vectors_of(former)
+        embed(config, 5, last_first=last_first)
+    embed(config)
+    if texts:
+        table.check(texts)
+    assert parts(table.out) == opened(table.out)[0].live()
+    assert not embed(config).standing.former
+
+
+def test_rows_behind_a_full_block_are_seen_as_they_come(table):
+    """Nothing that is committed is another now."""
+    embed(table.config(numbered(range(128))))
+    texts = numbered(range(200))
+    embed(table.config(texts), 2)
+    assert read(table.out) == seen(table.out)
+    assert vectors_of(numbered(range(140))).items() < read(table.out).items() < vectors_of(texts).items()
+    embed(table.config(texts))
+    table.check(texts)
+
+
+@pytest.mark.parametrize("num_committed", [0, 3])
+def test_a_part_that_a_dead_run_left_goes_with_the_former_rows_if_a_dataset_is_cut_anew(table, num_committed):
+    """Its block is not in the dataset any more: nobody would take it up, and its rows are in others."""
+    texts = numbered(range(90))
+    embed(table.config(texts, (0, 30, 60, 90)), num_committed)
+    die_at_the_record(survey(table.config(texts, (0, 30, 60, 90))))
+    before, config = parts(table.out), table.config(texts, (0, 45, 90))
+    assert len(before) == num_committed + 1
+    embed(config, 3)
+    assert parts(table.out) == before
+    embed(config)
+    table.check(texts)
 
 
 # What is left
