@@ -47,6 +47,8 @@ class Standing:
     """A run died while some took the place of others."""
     last_switch: int = 0
     """Number of the last time that some did."""
+    is_waiting: bool = False
+    """Shards of the plan are committed, and held until they take the place of others."""
     is_recut: bool = False
     """
     A source in memory is not what it was. Which rows of its former blocks are in which of the new ones is not known, so all new ones take the
@@ -210,6 +212,7 @@ def _compare(ledger: Ledger, job: Job, inventory: Inventory, shapes: list[FileSh
         former=former,
         is_switching=bool(shards.switches.open),
         last_switch=shards.switches.last,
+        is_waiting=not shards.held <= todo.unknown,
         is_recut=inventory.base == MEMORY and bool(former),
     )
 

@@ -69,7 +69,7 @@ def finish(ledger: Ledger) -> None:
 
 def is_due(standing: Standing) -> bool:
     """Say whether a run that has nothing to embed has something to switch, as far as its survey tells."""
-    return bool(standing.is_switching or standing.former)
+    return bool(standing.is_switching or standing.is_waiting or standing.former)
 
 
 def _due(ledger: Ledger, standing: Standing) -> Switch | None:

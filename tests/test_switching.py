@@ -466,6 +466,64 @@ def test_a_run_that_others_have_overtaken_puts_nothing_old_in(job):
     job.check()
 
 
+def named_in(verdict: engine.results.VerifyResult) -> list[str]:
+    return [finding.problem for finding in verdict.findings]
+
+
+STILL = "inputs changed, and their new rows have not taken the place of the former ones: readers do not see them"
+
+
+@pytest.mark.parametrize("texts", [EDITED, OLD[:20], []], ids=["edit", "cut", "none"])
+def test_verify_fails_until_new_rows_have_taken_the_place_of_the_former_ones(job, texts):
+    """All are committed, and the run was killed before it switched: what is counted is what readers see."""
+    job.write("a.parquet", texts)
+    publish(survey(job.config))
+    for level in ("quick", "full"):
+        verdict = engine.verify(job.out, level)
+        assert (named_in(verdict), verdict.num_rows, verdict.pending_rows) == ([STILL], 40, 0)
+        assert not any("occur more than once" in warning for warning in verdict.warnings)
+    assert engine.run(progress=False, **named(job)).num_changed_inputs == 1
+    job.check()
+
+
+def test_verify_fails_until_a_switch_is_carried_out(job):
+    """Who goes by the records sees the new rows, and who reads the folder the former ones."""
+    job.write("a.parquet", EDITED)
+    asked = survey(job.config)
+    publish(asked)
+    with patch.object(switching, "exchange", side_effect=ConnectionAbortedError), pytest.raises(ConnectionAbortedError):
+        switching.switch(asked.ledger, asked.standing, lambda: None)
+    assert named_in(engine.verify(job.out, "full")) == [STILL]
+    engine.run(progress=False, **named(job))
+    job.check()
+
+
+def test_what_waits_for_nothing_is_nothing_to_complain_of(job):
+    """The input is again what it was: the output is right, and the next run puts away what was held."""
+    job.write("b.parquet", OLD, 10**18)
+    embed(job.config)
+    job.write("b.parquet", EDITED, 2 * 10**18)
+    publish(survey(job.config))
+    job.write("b.parquet", OLD, 10**18)
+    verdict = engine.verify(job.out, "full")
+    assert (verdict.ok, verdict.num_rows) == (True, 70)
+
+
+def test_new_rows_are_switched_in_though_the_former_ones_were_set_aside(job):
+    """Nothing is left to embed, and nothing is left to take the place of."""
+    job.write("a.parquet", OLD[:10], 10**18)
+    embed(job.config)
+    job.write("a.parquet", EDITED[10:20], 2 * 10**18)
+    publish(survey(job.config))
+    (former,) = (record for record in opened(job.out)[0].records() if record.path == "a.parquet")
+    Path(job.out, part_name(former.shard_id)).write_bytes(b"")
+    assert engine.verify(job.out, set_aside=True).set_aside
+    assert read(job.out) == {key: vector for key, vector in job.expected().items() if key.startswith("same")}
+    assert named_in(engine.verify(job.out)) == [STILL]
+    engine.run(progress=False, **named(job))
+    job.check()
+
+
 def test_of_two_that_switch_at_once_one_is_told(job):
     """The number of a switch is taken once."""
     job.write("a.parquet", EDITED)
