@@ -76,7 +76,7 @@ def _former(
     same_file = {(shard.file.size, shard.file.version): shard.file for shard in todo.pending}
     former: dict[str, set[str]] = defaultdict(set)
     absent: set[str] = set()
-    for record in ledger.records(sorted(todo.unknown | lost)):
+    for record in ledger.records(sorted(todo.unknown | lost), former=True):  # another run may just be switching
         if is_table or record.path in listed:
             former[record.path].add(record.shard_id)
         elif record.shard_id not in lost:

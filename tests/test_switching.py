@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import engine
-from engine import exchange, places, switching
+from engine import exchange, lease, places, switching
 from engine.config import JobConfig, load_config
-from engine.errors import EngineError, SourceChanged
+from engine.errors import EngineError, OutputInUse, SourceChanged
 from engine.ledger import Ledger
 from engine.object_storage import ObjectStorage
 from engine.places import DATA, HELD, SUPERSEDED, held_name, part_name
@@ -524,6 +524,72 @@ def test_new_rows_are_switched_in_though_the_former_ones_were_set_aside(job):
     job.check()
 
 
+@contextmanager
+def switched_at_read(number: int, config: JobConfig) -> Iterator[list[str]]:
+    """Let another run switch when so many files of an output have been read; give their names."""
+    asked, original, names, lock = survey(config), LocalStorage.read, [], threading.Lock()
+
+    def spied(storage: LocalStorage, name: str) -> bytes:
+        with lock:
+            names.append(name)
+            is_now = len(names) == number + 1
+        if is_now:
+            with patch.object(LocalStorage, "read", original):
+                switching.switch(asked.ledger, asked.standing, lambda: None)
+        return original(storage, name)
+
+    with patch.object(LocalStorage, "read", spied):
+        yield names
+
+
+def beside_a_switch(config: JobConfig, start: Path, look: Callable[[], Any]) -> Iterator[Any]:
+    """Look at an output that has all new rows but has not switched, with the switch at each file that is read; give what is found."""
+    publish(survey(config))
+    shutil.copytree(config.output, start)
+    for number in count():
+        shutil.rmtree(config.output)
+        shutil.copytree(start, config.output)
+        with switched_at_read(number, config) as names:
+            found = look()
+        if len(names) <= number:
+            break
+        yield found
+    assert number > 3
+
+
+@pytest.mark.parametrize("look", ["verify", "status", "plan", "gc"])
+def test_a_switch_is_no_damage_to_who_looks_meanwhile(job, tmp_path, look):
+    """Whenever it comes: each lists the output at one instant, and finds what others have taken the place of where it lies then."""
+    job.write("a.parquet", LONGER)
+    looks: dict[str, Callable[[], Any]] = {
+        "verify": lambda: engine.verify(job.out, "full"),
+        "status": lambda: engine.status(job.out),
+        "plan": lambda: engine.plan(**named(job)),
+        "gc": lambda: engine.gc(job.out),
+    }
+    for found in beside_a_switch(job.config, tmp_path / "start", looks[look]):
+        assert not any("missing" in warning for warning in found.warnings)
+        if look == "verify":
+            assert (found.ok, found.num_rows) in ((True, 40), (True, 52)), found.findings
+        if look == "status":
+            assert found.num_rows in (40, 52)
+        assert read(job.out) == job.expected()
+
+
+def test_a_run_beside_one_that_switches_finds_the_output_in_use(job):
+    """Its records go from where they were listed while it looks."""
+    job.write("a.parquet", EDITED)
+    publish(survey(job.config))
+    with (
+        lease.held(open_storage(job.out), "refuse"),
+        switched_at_read(3, job.config) as names,
+        pytest.raises(OutputInUse),
+    ):
+        engine.run(progress=False, **named(job))
+    assert len(names) > 4
+    job.check()
+
+
 def test_of_two_that_switch_at_once_one_is_told(job):
     """The number of a switch is taken once."""
     job.write("a.parquet", EDITED)
@@ -627,6 +693,15 @@ def test_rows_behind_a_full_block_are_seen_as_they_come(table):
     assert vectors_of(numbered(range(140))).items() < read(table.out).items() < vectors_of(texts).items()
     embed(table.config(texts))
     table.check(texts)
+
+
+def test_gc_looks_at_a_table_beside_a_run_that_switches_it(table, tmp_path):
+    """Former records name the blocks of the copy that stay."""
+    embed(table.config(numbered(range(30))))
+    config = table.config(numbered(range(8)))
+    in_memory.remember(open_storage(table.out), config.source)
+    for found in beside_a_switch(config, tmp_path / "start", lambda: engine.gc(table.out)):
+        assert not found.warnings
 
 
 @pytest.mark.parametrize("num_committed", [0, 3])
