@@ -209,7 +209,7 @@ class _Look:
         gone: dict[str, str] = {}
         there: dict[str, bool] = {}
         behind_links = 0
-        for record in self.ledger.records(sorted(self._standing.plan.unknown | self._standing.lost)):
+        for record in self.ledger.records(sorted(self._standing.plan.unknown | self._standing.lost), former=True):
             if record.path in self._standing.former:  # it stays until others take its place
                 continue
             if record.path not in there:
@@ -264,9 +264,8 @@ class _Look:
         named = [canonical_json(self._job.config), *(self._text(file) for file in files if file.name == CURRENT)]
         # A manifest that the source is names blocks.
         named += [self._text(file) for file in files if file.name.endswith(".json") and file.stem in "".join(named)]
-        named += {
-            name for record in self.ledger.records(sorted(self._committed)) for name in (record.path, record.version)
-        }
+        records = self.ledger.records(sorted(self._committed), former=True)
+        named += {name for record in records for name in (record.path, record.version)}
         pending = self._standing.plan.pending
         named += {name for shard in pending for name in (shard.file.path, shard.file.version, shard.file.location)}
         text = "\n".join(named)

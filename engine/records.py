@@ -111,11 +111,12 @@ class Records:
 
         Args:
             shard_ids: Of the shards.
-            former: Whether those will do that others have superseded since.
+            former: Whether those will do that others have superseded since; of all shards they do, which are those of one instant.
 
         Raises:
             CorruptOutput: If one cannot be read.
         """
+        former = former or shard_ids is None
         wanted = sorted(self.live()) if shard_ids is None else shard_ids
         with ThreadPoolExecutor(READ_THREADS) as pool:
             for start in range(0, len(wanted), 1024):

@@ -70,9 +70,8 @@ class Snapshot:
             ConfigError: If nothing is committed yet.
             CorruptOutput: If a record cannot be read.
         """
-        records = ledger.records(sorted(ledger.live()), former=True)
         parts = sorted(
-            (LivePart(record.path, record.start, record.shard_id, record.num_vectors) for record in records),
+            (LivePart(record.path, record.start, record.shard_id, record.num_vectors) for record in ledger.records()),
             key=lambda part: (part.path, part.start, part.shard_id),
         )
         if not parts:

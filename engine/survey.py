@@ -15,7 +15,7 @@ from engine.schema import FORMAT_VERSION, InputFile, Job, fingerprint_of, utc_no
 from engine.sources import in_memory, indexes
 from engine.sources.formats import joined, new_shapes, scan
 from engine.sources.inventory import Inventory, absolute, list_inputs
-from engine.sources.opening import is_staged_source
+from engine.sources.opening import MEMORY, is_staged_source
 from engine.sources.rows import Selection
 from engine.sources.shape import FileShape
 from engine.storage import Storage, open_storage
@@ -47,14 +47,13 @@ class Standing:
     """A run died while some took the place of others."""
     last_switch: int = 0
     """Number of the last time that some did."""
-
-    @property
-    def is_recut(self) -> bool:
-        """
-        Rows of a source in memory are committed in blocks that it does not have any more, and are in others now. Which are in which is not
-        known, so all new ones take the place of the former at once.
-        """
-        return bool(self.former) and bool(self.former.keys() - {file.path for file in self.files})
+    is_waiting: bool = False
+    """Shards of the plan are committed, and held until they take the place of others."""
+    is_recut: bool = False
+    """
+    A source in memory is not what it was. Which rows of its former blocks are in which of the new ones is not known, so all new ones take the
+    place of the former at once.
+    """
 
     @property
     def told(self) -> list[str]:
@@ -62,8 +61,8 @@ class Standing:
         if not self.former:
             return list(self.warnings)
         if self.is_recut:
-            moved = "the source has its rows in other blocks than those that are committed: its new blocks take the place of the former ones "
-            return [f"{moved}once all of them are embedded", *self.warnings]
+            moved = "the source changed since rows of it were committed: its new blocks take the place of the former ones once all of them are "
+            return [f"{moved}embedded", *self.warnings]
         whose = "it" if len(self.former) == 1 else "them"
         changed = (
             f"{count(len(self.former), 'input')} changed since rows of {whose} were committed: the new rows take the place of the former "
@@ -190,13 +189,9 @@ def _compare(ledger: Ledger, job: Job, inventory: Inventory, shapes: list[FileSh
     gone = shards.committed - parts
     todo = make_plan(shapes, shard_rows=job.shard_rows, fingerprint=job.fingerprint, committed=shards.committed - gone)
     missing = frozenset(shard.id for shard in todo.pending if shard.id in gone)
-    former, warnings = unlisted(ledger, todo, gone - missing, inventory, job)
     pending = {shard.id for shard in todo.pending}
     unplanned = parts - shards.committed - shards.switches.named.keys() - pending  # none, as a rule
-    listed = {file.path for file in inventory.files} if unplanned else set()
-    for shard_id, path in ledger.inputs_of_parts(unplanned):
-        if path in listed:
-            former[path] = former.get(path, frozenset()) | {shard_id}
+    former, warnings = unlisted(ledger, todo, gone - missing, unplanned, inventory, job)
     if missing:
         warnings.append(f"{len(missing)} parts are gone although they were committed: a run makes them again")
     lost = gone - missing - frozenset().union(*former.values())
@@ -207,10 +202,18 @@ def _compare(ledger: Ledger, job: Job, inventory: Inventory, shapes: list[FileSh
         )
     if not todo.num_rows:
         warnings.append("the source has no rows")
-    unrecorded = frozenset(pending & parts)
-    is_switching = bool(shards.switches.open)
     return Standing(
-        todo, missing, lost, unrecorded, tuple(warnings), inventory.files, former, is_switching, shards.switches.last
+        todo,
+        missing,
+        lost,
+        unrecorded=frozenset(pending & parts),
+        warnings=tuple(warnings),
+        files=inventory.files,
+        former=former,
+        is_switching=bool(shards.switches.open),
+        last_switch=shards.switches.last,
+        is_waiting=not shards.held <= todo.unknown,
+        is_recut=inventory.base == MEMORY and bool(former),
     )
 
 

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 def switch(ledger: Ledger, standing: Standing, still_ours: Callable[[], None]) -> int:
     """
-    Let the new parts of each changed input whose rows are all committed take the place of the former ones.
+    Let the new parts of each changed input whose rows are all committed take the place of the former ones. A source in memory is one input.
 
     Args:
         ledger: Of the output.
@@ -68,15 +68,16 @@ def finish(ledger: Ledger) -> None:
 
 
 def is_due(standing: Standing) -> bool:
-    """Say whether a run has something to switch although there is nothing to embed, as far as its survey tells."""
-    pending = {shard.file.path for shard in standing.plan.pending}
-    return bool(standing.is_switching or standing.former.keys() - pending)
+    """Say whether a run that has nothing to embed has something to switch, as far as its survey tells."""
+    return bool(standing.is_switching or standing.is_waiting or standing.former)
 
 
 def _due(ledger: Ledger, standing: Standing) -> Switch | None:
     """Return the switch that can be made now: of all changed inputs without a row that is pending."""
     shards = ledger.shards()
     pending = {shard.file.path for shard in standing.plan.pending if shard.id not in shards.committed}
+    if standing.is_recut and pending:
+        return None
     ready = standing.former.keys() - pending
     drop = frozenset(shard_id for path in ready for shard_id in standing.former[path])
     if drop:

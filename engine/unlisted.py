@@ -1,9 +1,10 @@
 """
-Committed shards that the source does not have as they were: of inputs that changed, that are gone, or whose rows are in others now.
+Shards in an output that the source does not have as they were: of inputs that changed, that are gone, or whose rows are in others now.
 
-Rows of a changed input stay in the output until its new ones take their place; those of one that is gone stay. A source in memory has no
-inputs but the blocks that it was cut into, and may be cut otherwise the next time: a table by the length of its texts, a Ray Dataset by the
-size of the cluster. Then its former blocks are not gone: their rows are in the new ones.
+Rows of a changed input stay in the output until its new ones take their place; those of one that is gone stay. A source in memory is one
+input, whatever blocks it is cut into: which rows of a block are in which one now cannot be told, since rows that are put in or taken out move
+all others, a table is cut by the length of its texts, and a Ray Dataset by the size of the cluster. So if a block is not what it was, all that
+is committed and not in the source any more stays until all that is pending can take its place.
 """
 
 from __future__ import annotations
@@ -14,12 +15,10 @@ from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING
 
 from engine.errors import Refused, SourceChanged
-from engine.sources import in_memory
 from engine.sources.inventory import is_there
 from engine.sources.opening import MEMORY
 
 if TYPE_CHECKING:
-    from engine.commits import CommitRecord
     from engine.ledger import Ledger
     from engine.planning import Plan
     from engine.schema import Job
@@ -27,17 +26,25 @@ if TYPE_CHECKING:
 
 
 def unlisted(
-    ledger: Ledger, todo: Plan, lost: AbstractSet[str], inventory: Inventory, job: Job
+    ledger: Ledger, todo: Plan, lost: AbstractSet[str], unplanned: AbstractSet[str], inventory: Inventory, job: Job
 ) -> tuple[dict[str, frozenset[str]], list[str]]:
     """
-    Look at committed shards that the inventory does not have, those whose part is lost among them.
+    Look at shards that the inventory does not have: those that are committed, and parts that dead runs left without a record.
 
     Where going on could embed rows a second time under another id, it is refused: their file has another name, or the source is named from
     another folder.
 
+    Args:
+        ledger: Of the output.
+        todo: What the inventory has.
+        lost: Committed shards whose part is gone, and that the plan does not have.
+        unplanned: Parts that are neither committed nor in the plan.
+        inventory: Of the source.
+        job: Of the output.
+
     Returns:
-        The shards that others take the place of, by path, and warnings. If blocks of a source in memory are among them that it does not
-        have any more, the paths of all its pending blocks are too.
+        The shards that others take the place of, by path, and warnings. Of a source in memory the paths of all pending blocks are there too,
+        if there are such shards.
 
     Raises:
         Refused: The source is named from another folder.
@@ -48,9 +55,9 @@ def unlisted(
             f"{ledger.root} was begun for sources below {job.base}, and none of the shards below {inventory.base} is in it: "
             "name the source as the first run did, or use another output folder"
         )
-    if not todo.unknown and not lost:
+    if not todo.unknown and not lost and not unplanned:  # as a rule
         return {}, []
-    former, absent = _former(ledger, todo, lost, inventory)
+    former, absent = _former(ledger, todo, lost, unplanned, inventory)
     if inventory.base != job.base and absent:
         raise Refused(
             f"{ledger.root} was made from {job.base}, and {len(absent)} of its inputs are not below {inventory.base} "
@@ -60,21 +67,18 @@ def unlisted(
 
 
 def _former(
-    ledger: Ledger, todo: Plan, lost: AbstractSet[str], inventory: Inventory
+    ledger: Ledger, todo: Plan, lost: AbstractSet[str], unplanned: AbstractSet[str], inventory: Inventory
 ) -> tuple[dict[str, set[str]], set[str]]:
     """Return the shards that others take the place of, by path, and the paths of the inputs that are gone."""
+    is_table = inventory.base == MEMORY
     listed = {file.path for file in inventory.files}
     # Of those with rows to do: in object stores, where equal content has an equal version, copies look like one file.
     same_file = {(shard.file.size, shard.file.version): shard.file for shard in todo.pending}
     former: dict[str, set[str]] = defaultdict(set)
     absent: set[str] = set()
-    is_recut = False
-    for record in ledger.records(sorted(todo.unknown | lost)):
-        if record.path in listed:
+    for record in ledger.records(sorted(todo.unknown | lost), former=True):  # another run may just be switching
+        if is_table or record.path in listed:
             former[record.path].add(record.shard_id)
-        elif _is_moved(record, inventory, todo.num_rows):
-            former[record.path].add(record.shard_id)
-            is_recut = True
         elif record.shard_id not in lost:
             if (file := same_file.get((record.size, record.version))) is not None:
                 raise SourceChanged(
@@ -82,25 +86,13 @@ def _former(
                     "or use another output folder"
                 )
             absent.add(record.path)
-    if is_recut:  # new blocks wait, also those of other paths than the former ones have
-        for shard in todo.pending:
+    for shard_id, path in ledger.inputs_of_parts(unplanned):
+        if is_table or path in listed:
+            former[path].add(shard_id)
+    if is_table and former:
+        for shard in todo.pending:  # they wait, also those of other paths than the former ones have
             former[shard.file.path] |= set()
     return former, absent
-
-
-def _is_moved(record: CommitRecord, inventory: Inventory, num_rows: int) -> bool:
-    """
-    Say whether rows of a block that is not listed are in others now.
-
-    Those of a table are, unless it has become so short that it ends before them. A Ray Dataset is what its blocks hold now: which rows of
-    former ones are among them cannot be told.
-    """
-    if inventory.base != MEMORY or not inventory.files:
-        return False
-    start = in_memory.first_row(record.path)
-    if start is None or in_memory.first_row(inventory.files[0].path) is None:
-        return True
-    return start + record.start < num_rows
 
 
 def _told(absent: set[str], job: Job) -> Iterator[str]:

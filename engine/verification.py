@@ -119,40 +119,42 @@ class _Check:
         """Shards whose input the source does not have any more, neither as it was nor changed."""
         if standing:
             self._irreplaceable = (standing.plan.unknown | standing.lost).difference(*standing.former.values())
-        self._committed = sorted(ledger.committed())
+        self._shards = ledger.shards()
+        self._committed = sorted(self._shards.committed)
         self._parts = ledger.parts()
         self._rejects = ledger.rejected()
         self._has_ids = job.config.get("id_column") is not None
         self._ids = RepeatedIds()
 
     def records(self, level: Level) -> None:
-        """Look at every committed shard: its record, its part, its rejects; and that no row is in two shards."""
+        """Look at every committed shard: its record, its part, its rejects; and that no row is in two shards. Count those that are not held."""
         spans: list[_Span] = []
-        live = self._ledger.live()
+        problems: list[tuple[str, str]] = []
         for shard_id, record, problem in self._looks(level):
             if problem:
-                self._find(shard_id, problem)
-            if record is not None:
+                problems.append((shard_id, problem))
+            if record is not None and shard_id not in self._shards.held:
                 self.num_shards += 1
                 self.num_rows += record.num_rows
                 self.num_rejects += record.num_rejects
-                if shard_id in live:  # not of new rows that wait to take the place of these
-                    spans.append(_Span(record.path, record.start, record.stop, shard_id))
+                spans.append(_Span(record.path, record.start, record.stop, shard_id))
+        committed = self._ledger.committed() if problems else ()  # a run may have put others in their place meanwhile
+        for shard_id, problem in problems:
+            if shard_id in committed:
+                self._find(shard_id, problem)
         spans.sort(key=lambda span: (span.path, span.start, span.stop))
         for one, other in pairwise(spans):
             if one.path == other.path and other.start < one.stop:
-                self.findings.append(
-                    Finding(
-                        "",
-                        f"rows {other.start} to {min(one.stop, other.stop)} of {one.path} are in two parts: "
-                        f"{part_name(one.shard_id)} and {part_name(other.shard_id)}",
-                        "decide which of the two belongs here and move the other, with its record, out of the output",
-                    )
+                problem = (
+                    f"rows {other.start} to {min(one.stop, other.stop)} of {one.path} are in two parts: "
+                    f"{part_name(one.shard_id)} and {part_name(other.shard_id)}"
                 )
+                advice = "decide which of the two belongs here and move the other, with its record, out of the output"
+                self.findings.append(Finding("", problem, advice))
 
     def leftovers(self, level: Level) -> None:
-        """Look at what is there without a record, and at what is not there yet."""
-        unrecorded = sorted(self._parts.keys() - set(self._committed))
+        """Look at what is there without a record, at what is not there yet, and at what is there still."""
+        unrecorded = sorted(self._parts.keys() - self._shards.committed - self._shards.switches.named.keys())
         former = frozenset().union(*self._standing.former.values()) if self._standing else frozenset()
         waiting = self._standing.unrecorded if self._standing else frozenset(unrecorded)
         if num_waiting := len(waiting.intersection(unrecorded)):
@@ -165,18 +167,22 @@ class _Check:
         if level == "full":
             for shard_id in unrecorded:
                 try:
-                    self._ledger.part(shard_id)
+                    self._ledger.part(shard_id, former=True)
                 except CorruptOutput as error:
                     self._find(shard_id, error.message)
         if self._standing and self._standing.plan.pending:
             plan = self._standing.plan
-            self.findings.append(
-                Finding(
-                    "",
-                    f"{plan.pending_rows} rows in {len(plan.pending)} of {plan.num_shards} shards are not committed",
-                    "run the same command again: it makes what is left",
-                )
-            )
+            problem = f"{plan.pending_rows} rows in {len(plan.pending)} of {plan.num_shards} shards are not committed"
+            self.findings.append(Finding("", problem, "run the same command again: it makes what is left"))
+        elif self._has_former_rows(former):
+            problem = "inputs changed, and their new rows have not taken the place of the former ones: readers do not see them"
+            self.findings.append(Finding("", problem, "run the same command again: it embeds nothing for that"))
+
+    def _has_former_rows(self, former: frozenset[str]) -> bool:
+        """Say whether rows wait, or stay, although the shards of the plan are all committed: now, since a run may be ending."""
+        now = self._ledger.shards()
+        waiting = now.held - self._standing.plan.unknown if self._standing else frozenset()
+        return bool(waiting or former & now.live or now.switches.open)
 
     def repeated_ids(self) -> None:
         """Say which ids level `full` has seen more than once."""
@@ -228,11 +234,14 @@ class _Check:
         """Yield every committed shard, its record, if it can be read, and what is wrong with it, if anything is."""
 
         def look(shard_id: str) -> tuple[str, CommitRecord | None, str | None]:
+            record = None
             try:
-                record = self._ledger.record(shard_id)
+                record = self._ledger.record(shard_id, former=True)
+                return shard_id, record, next(self._problems(record, shard_id, level), None)
             except CorruptOutput as error:
-                return shard_id, None, error.message
-            return shard_id, record, next(self._problems(record, shard_id, level), None)
+                return shard_id, record, error.message
+            except FileNotFoundError:
+                return shard_id, record, f"{rejects_name(shard_id)} went missing while it was looked at"
 
         with ThreadPoolExecutor(THREADS) as pool:
             for start in range(0, len(self._committed), LOOKS_AT_ONCE):
@@ -271,12 +280,8 @@ class _Check:
             yield f"the footer of {name} does not say what its commit record says"
 
     def _content_problems(self, record: CommitRecord, shard_id: str) -> Iterator[str]:
-        try:
-            stored = self._ledger.part(shard_id)
-        except CorruptOutput as error:
-            yield error.message
-            return
-        if self._has_ids:
+        stored = self._ledger.part(shard_id)
+        if self._has_ids and shard_id not in self._shards.held:
             rows = np.asarray(stored.table.column(SOURCE_ROW))
             firsts = np.flatnonzero(np.diff(rows, prepend=-1))  # chunks of a text have its id, and repeat none
             self._ids.add(shard_id, stored.table.column(0).take(pa.array(firsts)), rows[firsts])

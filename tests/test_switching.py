@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,15 +20,17 @@ import pyarrow.parquet as pq
 import pytest
 
 import engine
-from engine import exchange, places, switching
+from engine import exchange, lease, places, switching
 from engine.config import JobConfig, load_config
-from engine.errors import EngineError, SourceChanged
+from engine.errors import EngineError, OutputInUse, SourceChanged
 from engine.ledger import Ledger
 from engine.object_storage import ObjectStorage
 from engine.places import DATA, HELD, SUPERSEDED, held_name, part_name
 from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH
+from engine.sources import in_memory
 from engine.sources.formats import read_shards
 from engine.sources.rows import Selection
+from engine.sources.tables import tables_of
 from engine.sources.texts import texts_in
 from engine.storage import LocalStorage, open_storage
 from engine.survey import Survey, opened, stored_config, survey
@@ -86,18 +88,19 @@ class Job:
         check(self.out, self.expected())
 
 
-def embed(config: JobConfig, most: int | None = None) -> Survey:
+def embed(config: JobConfig, most: int | None = None, *, last_first: bool = False) -> Survey:
     """Do what a run does, with `most` shards of those that are pending."""
     asked = survey(config)
     asked.ledger.claim(asked.job)
+    in_memory.remember(asked.ledger.storage, config.source)
     switching.finish(asked.ledger)
-    publish(asked, most)
+    publish(asked, most, last_first=last_first)
     switching.switch(asked.ledger, asked.standing, lambda: None)
     return asked
 
 
-def publish(asked: Survey, most: int | None = None) -> None:
-    for shard in asked.standing.plan.pending[:most]:
+def publish(asked: Survey, most: int | None = None, *, last_first: bool = False) -> None:
+    for shard in asked.standing.plan.pending[:: -1 if last_first else 1][:most]:
         rows = next(read_shards([shard], Selection.of(asked.config, asked.job.kept_types)))
         texts = texts_in(rows)[0]
         vectors = np.stack([MODEL.vector(text) for text in texts])
@@ -400,10 +403,14 @@ def die_before_the_record(job: Job, num_committed: int) -> Survey:
     job.write("b.parquet", OLD)
     embed(job.config, num_committed)
     asked = survey(job.config)
+    die_at_the_record(asked)
+    return asked
+
+
+def die_at_the_record(asked: Survey) -> None:
     dying = patch.object(Ledger, "_record", side_effect=ConnectionAbortedError)
     with dying, pytest.raises(ConnectionAbortedError):
         publish(asked, 1)
-    return asked
 
 
 @pytest.mark.parametrize("num_committed", [0, 1])
@@ -459,6 +466,130 @@ def test_a_run_that_others_have_overtaken_puts_nothing_old_in(job):
     job.check()
 
 
+def named_in(verdict: engine.results.VerifyResult) -> list[str]:
+    return [finding.problem for finding in verdict.findings]
+
+
+STILL = "inputs changed, and their new rows have not taken the place of the former ones: readers do not see them"
+
+
+@pytest.mark.parametrize("texts", [EDITED, OLD[:20], []], ids=["edit", "cut", "none"])
+def test_verify_fails_until_new_rows_have_taken_the_place_of_the_former_ones(job, texts):
+    """All are committed, and the run was killed before it switched: what is counted is what readers see."""
+    job.write("a.parquet", texts)
+    publish(survey(job.config))
+    for level in ("quick", "full"):
+        verdict = engine.verify(job.out, level)
+        assert (named_in(verdict), verdict.num_rows, verdict.pending_rows) == ([STILL], 40, 0)
+        assert not any("occur more than once" in warning for warning in verdict.warnings)
+    assert engine.run(progress=False, **named(job)).num_changed_inputs == 1
+    job.check()
+
+
+def test_verify_fails_until_a_switch_is_carried_out(job):
+    """Who goes by the records sees the new rows, and who reads the folder the former ones."""
+    job.write("a.parquet", EDITED)
+    asked = survey(job.config)
+    publish(asked)
+    with patch.object(switching, "exchange", side_effect=ConnectionAbortedError), pytest.raises(ConnectionAbortedError):
+        switching.switch(asked.ledger, asked.standing, lambda: None)
+    assert named_in(engine.verify(job.out, "full")) == [STILL]
+    engine.run(progress=False, **named(job))
+    job.check()
+
+
+def test_what_waits_for_nothing_is_nothing_to_complain_of(job):
+    """The input is again what it was: the output is right, and the next run puts away what was held."""
+    job.write("b.parquet", OLD, 10**18)
+    embed(job.config)
+    job.write("b.parquet", EDITED, 2 * 10**18)
+    publish(survey(job.config))
+    job.write("b.parquet", OLD, 10**18)
+    verdict = engine.verify(job.out, "full")
+    assert (verdict.ok, verdict.num_rows) == (True, 70)
+
+
+def test_new_rows_are_switched_in_though_the_former_ones_were_set_aside(job):
+    """Nothing is left to embed, and nothing is left to take the place of."""
+    job.write("a.parquet", OLD[:10], 10**18)
+    embed(job.config)
+    job.write("a.parquet", EDITED[10:20], 2 * 10**18)
+    publish(survey(job.config))
+    (former,) = (record for record in opened(job.out)[0].records() if record.path == "a.parquet")
+    Path(job.out, part_name(former.shard_id)).write_bytes(b"")
+    assert engine.verify(job.out, set_aside=True).set_aside
+    assert read(job.out) == {key: vector for key, vector in job.expected().items() if key.startswith("same")}
+    assert named_in(engine.verify(job.out)) == [STILL]
+    engine.run(progress=False, **named(job))
+    job.check()
+
+
+@contextmanager
+def switched_at_read(number: int, config: JobConfig) -> Iterator[list[str]]:
+    """Let another run switch when so many files of an output have been read; give their names."""
+    asked, original, names, lock = survey(config), LocalStorage.read, [], threading.Lock()
+
+    def spied(storage: LocalStorage, name: str) -> bytes:
+        with lock:
+            names.append(name)
+            is_now = len(names) == number + 1
+        if is_now:
+            with patch.object(LocalStorage, "read", original):
+                switching.switch(asked.ledger, asked.standing, lambda: None)
+        return original(storage, name)
+
+    with patch.object(LocalStorage, "read", spied):
+        yield names
+
+
+def beside_a_switch(config: JobConfig, start: Path, look: Callable[[], Any]) -> Iterator[Any]:
+    """Look at an output that has all new rows but has not switched, with the switch at each file that is read; give what is found."""
+    publish(survey(config))
+    shutil.copytree(config.output, start)
+    for number in count():
+        shutil.rmtree(config.output)
+        shutil.copytree(start, config.output)
+        with switched_at_read(number, config) as names:
+            found = look()
+        if len(names) <= number:
+            break
+        yield found
+    assert number > 3
+
+
+@pytest.mark.parametrize("look", ["verify", "status", "plan", "gc"])
+def test_a_switch_is_no_damage_to_who_looks_meanwhile(job, tmp_path, look):
+    """Whenever it comes: each lists the output at one instant, and finds what others have taken the place of where it lies then."""
+    job.write("a.parquet", LONGER)
+    looks: dict[str, Callable[[], Any]] = {
+        "verify": lambda: engine.verify(job.out, "full"),
+        "status": lambda: engine.status(job.out),
+        "plan": lambda: engine.plan(**named(job)),
+        "gc": lambda: engine.gc(job.out),
+    }
+    for found in beside_a_switch(job.config, tmp_path / "start", looks[look]):
+        assert not any("missing" in warning for warning in found.warnings)
+        if look == "verify":
+            assert (found.ok, found.num_rows) in ((True, 40), (True, 52)), found.findings
+        if look == "status":
+            assert found.num_rows in (40, 52)
+        assert read(job.out) == job.expected()
+
+
+def test_a_run_beside_one_that_switches_finds_the_output_in_use(job):
+    """Its records go from where they were listed while it looks."""
+    job.write("a.parquet", EDITED)
+    publish(survey(job.config))
+    with (
+        lease.held(open_storage(job.out), "refuse"),
+        switched_at_read(3, job.config) as names,
+        pytest.raises(OutputInUse),
+    ):
+        engine.run(progress=False, **named(job))
+    assert len(names) > 4
+    job.check()
+
+
 def test_of_two_that_switch_at_once_one_is_told(job):
     """The number of a switch is taken once."""
     job.write("a.parquet", EDITED)
@@ -475,6 +606,116 @@ def test_of_two_that_switch_at_once_one_is_told(job):
         switching.switch(asked.ledger, asked.standing, lambda: None)
     embed(job.config)
     job.check()
+
+
+# Tables in memory, which are one input
+
+
+class Table:
+    """The output of 10 rows a shard and 64 a block of a table in memory that changes: made without Ray."""
+
+    def __init__(self, folder: Path) -> None:
+        self.out = str(folder / "out")
+
+    def config(self, texts: dict[str, str], cuts: tuple[int, ...] = ()) -> JobConfig:
+        """Stage texts, by their ids; with `cuts` as a Ray Dataset of blocks that end there."""
+        config = load_config(
+            source="memory:", output=self.out, model="custom:tests.models.HashModel", id_column="id", shard_rows=10
+        )
+        table = pa.table({"id": pa.array(texts, pa.string()), "text": pa.array(texts.values(), pa.string())})
+        blocks = [table.slice(start, stop - start) for start, stop in pairwise(cuts)] or [table]
+        selection = Selection.of(config)
+        pieces = (piece for block in blocks for piece in tables_of(block, selection))
+        name = in_memory.stage(pieces, open_storage(self.out), selection, is_ordered=not cuts)
+        return config.model_copy(update={"source": (name,)})
+
+    def check(self, texts: dict[str, str]) -> None:
+        """Make sure that the output is that table, and has nothing left over."""
+        check(self.out, vectors_of(texts))
+        assert parts(self.out) == opened(self.out)[0].live()
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch) -> Table:
+    monkeypatch.setattr(in_memory, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(in_memory, "PIECE_ROWS", 8)
+    monkeypatch.setattr(in_memory, "BLOCK_BYTES", 4000)
+    return Table(tmp_path)
+
+
+def numbered(rows: Iterable[int], longer: str = "") -> dict[str, str]:
+    return {f"id-{row}": f"text {row}{longer}" for row in rows}
+
+
+def vectors_of(texts: dict[str, str]) -> Rows:
+    return {key: tuple(MODEL.vector(text).tolist()) for key, text in texts.items()}
+
+
+TABLES = {
+    "filtered": numbered(row for row in range(136) if row % 3),
+    "its first block dropped": numbered(range(64, 136)),
+    "its last block dropped": numbered(range(128)),
+    "cut": numbered(range(50)),
+    "rows in front": numbered([*range(1000, 1020), *range(136)]),
+    "rows within": numbered([*range(70), *range(1000, 1020), *range(70, 136)]),
+    "rows behind": numbered(range(160)),
+    "sorted anew": numbered(reversed(range(136))),
+    "longer texts": numbered(range(136), "x" * 80),
+    "other texts": numbered(range(136), "x"),
+    "emptied": {},
+}
+
+
+@pytest.mark.parametrize("last_first", [False, True])
+@pytest.mark.parametrize("change", TABLES)
+def test_a_table_that_changes_is_switched_as_a_whole(table, change, last_first):
+    """Whichever of its blocks are done first, and however it is cut now: all rows as they were until none is left to do, then those that it has."""
+    former, texts = numbered(range(136)), TABLES[change]
+    embed(table.config(former))
+    config = table.config(texts)
+    num_pending = len(survey(config).standing.plan.pending)
+    for _ in range(0, num_pending, 5):
+        assert read(table.out) == seen(table.out) == vectors_of(former)
+        embed(config, 5, last_first=last_first)
+    embed(config)
+    if texts:
+        table.check(texts)
+    assert parts(table.out) == opened(table.out)[0].live()
+    assert not embed(config).standing.former
+
+
+def test_rows_behind_a_full_block_are_seen_as_they_come(table):
+    """Nothing that is committed is another now."""
+    embed(table.config(numbered(range(128))))
+    texts = numbered(range(200))
+    embed(table.config(texts), 2)
+    assert read(table.out) == seen(table.out)
+    assert vectors_of(numbered(range(140))).items() < read(table.out).items() < vectors_of(texts).items()
+    embed(table.config(texts))
+    table.check(texts)
+
+
+def test_gc_looks_at_a_table_beside_a_run_that_switches_it(table, tmp_path):
+    """Former records name the blocks of the copy that stay."""
+    embed(table.config(numbered(range(30))))
+    config = table.config(numbered(range(8)))
+    in_memory.remember(open_storage(table.out), config.source)
+    for found in beside_a_switch(config, tmp_path / "start", lambda: engine.gc(table.out)):
+        assert not found.warnings
+
+
+@pytest.mark.parametrize("num_committed", [0, 3])
+def test_a_part_that_a_dead_run_left_goes_with_the_former_rows_if_a_dataset_is_cut_anew(table, num_committed):
+    """Its block is not in the dataset any more: nobody would take it up, and its rows are in others."""
+    texts = numbered(range(90))
+    embed(table.config(texts, (0, 30, 60, 90)), num_committed)
+    die_at_the_record(survey(table.config(texts, (0, 30, 60, 90))))
+    before, config = parts(table.out), table.config(texts, (0, 45, 90))
+    assert len(before) == num_committed + 1
+    embed(config, 3)
+    assert parts(table.out) == before
+    embed(config)
+    table.check(texts)
 
 
 # What is left

@@ -205,12 +205,6 @@ def file_of(root: str, record: CommitRecord) -> InputFile:
     return _file(root, record.path, record.size, record.version)
 
 
-def first_row(path: str) -> int | None:
-    """Return the row of its table that a block begins with; None of a block of a Ray Dataset, whose rows have no order."""
-    stem = path.removeprefix("rows-")
-    return int(stem) if stem.isdecimal() else None
-
-
 def current(store: Store) -> str | None:
     """Return the source that the last run went by; None if there was none that was in memory."""
     try:
