@@ -86,6 +86,14 @@ class BaseEmbeddingModel(ABC):
     def remember(self) -> None:  # noqa: B027 - of those that may
         """Keep the vectors of the latest texts for when these come again; to be called by whoever embeds shard after shard."""
 
+    def is_lost(self) -> bool:
+        """
+        Say, after an error, whether the model's process is lost: whatever it is asked for fails from now on, and a new one would do.
+
+        An actor whose model is lost ends itself, and Ray starts another, which has its shards.
+        """
+        return False
+
     async def close(self) -> None:
         """Release what the model holds; it is not used afterwards."""
         return

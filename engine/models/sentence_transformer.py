@@ -200,6 +200,8 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
         try:
             answer = await asyncio.to_thread(self._encode, texts, tokens)
         except Exception:  # of no batch, but of all texts together: a tokenizer's, an `encode`'s
+            answer = None
+        if answer is None:  # the error is gone, and with it what its frames held of the device's memory
             return await super().embed_distinct(texts)
         if answer.vectors.shape[1]:
             self._dimension = answer.vectors.shape[1]
@@ -217,6 +219,12 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
                 good[saved] = True
             answer.vectors = answer.vectors[good]
         return answer
+
+    def is_lost(self) -> bool:
+        """Say whether CUDA has given up the process."""
+        from engine.models.backends.pytorch import is_lost
+
+        return is_lost(self.device)
 
     async def close(self) -> None:
         """End the threads that run the model."""
