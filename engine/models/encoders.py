@@ -163,16 +163,21 @@ class PackedEncoder(Encoder):
     def _run(
         self, tokens: Tokens, packed: Sequence[tuple[int, Positions]], encoded: Encoded, *, alone: bool = False
     ) -> list[Positions]:
-        """Compute batches and put their vectors in their places; return those for which the device had no memory."""
+        """
+        Compute batches and put their vectors in their places; return those for which the device had no memory.
+
+        Where streams share a device, batches on trial are alone on it: beside a large one a small one waits for that one's work.
+        """
         if not packed:
             return []
         budgets = {budget for budget, _ in packed}
+        on_trial, is_shared = len(budgets) > 1, self._queue.backend.call_tokens is None
         too_large: list[Positions] = []
         lengths = tokens.lengths
 
         def take(one: Done) -> None:
             positions = one.batch.positions
-            if len(budgets) > 1:
+            if on_trial and not (is_shared and one.is_first):
                 self.budget.note(one)
             if one.vectors is not None:
                 if not encoded.vectors.shape[1]:
@@ -187,10 +192,10 @@ class PackedEncoder(Encoder):
             elif one.error is not None:
                 encoded.failed.update(dict.fromkeys(positions.tolist(), one.error))
 
-        spent = self._queue.run(self._filled(tokens, packed), take, alone=alone)
+        spent = self._queue.run(self._filled(tokens, packed), take, alone=alone or (on_trial and is_shared))
         encoded.held_s += spent.held_s
         encoded.busy_s += spent.busy_s
-        if len(budgets) > 1:
+        if on_trial:
             self.budget.compare({budget: self._fill(tokens, budget) for budget in budgets})
         return too_large
 
