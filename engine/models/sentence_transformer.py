@@ -13,7 +13,7 @@ import numpy.typing as npt
 from engine.errors import ConfigError, InputRejected
 from engine.model_config import LongTexts, ModelConfig
 from engine.models import model_files
-from engine.models.base import BaseEmbeddingModel, usable
+from engine.models.base import BaseEmbeddingModel, Needs, usable
 from engine.models.embeddings import ONE_VECTOR, Embeddings
 from engine.models.recent import Recent
 
@@ -100,6 +100,11 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
         self._fitter = local.fitter(model, self._encoder, prompt=prompt, how=long_texts, overlap=chunk_overlap)
         self.device = self._encoder.device
         self.backend = self._encoder.backend_name
+
+    @classmethod
+    def needs(cls, config: ModelConfig) -> Needs:  # noqa: ARG003 - the same for all
+        """Say that an actor uses one GPU at most."""
+        return Needs(most_gpus=1)
 
     @classmethod
     def check_options(cls, config: ModelConfig) -> None:
