@@ -79,6 +79,28 @@ class BrokenModel(HashModel):
         raise RuntimeError("always")
 
 
+class LostModel(HashModel):
+    """
+    In the first process that builds it all calls fail, as after a lost CUDA context; in another they do not.
+
+    Args:
+        first: A file that the first process makes.
+    """
+
+    def __init__(self, first: str) -> None:
+        super().__init__()
+        self.lost = not Path(first).exists()
+        Path(first).touch()
+
+    def is_lost(self) -> bool:
+        return self.lost
+
+    async def embed(self, texts: list[str]) -> np.ndarray:
+        if self.lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return await super().embed(texts)
+
+
 class ChattyModel(HashModel):
     """Prints to stdout, where only results belong."""
 

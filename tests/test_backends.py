@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,12 @@ from sentence_transformers.sentence_transformer.modules import LayerNorm, Normal
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from engine.models import local
 from engine.models.backends.base import is_out_of_memory
+from engine.models.backends.pytorch import PyTorchBackend
 from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel
 from tests.test_cores import threads_of_a_new_thread
+from tests.test_own_encode import bag_of_words
 from tests.tiny_models import (
     BERT,
     DECODER,
@@ -200,6 +203,69 @@ def test_a_text_of_which_the_tokenizer_makes_nothing_is_rejected_alone(tmp_path,
     assert cosines(answer.vectors, expected).min() >= LEAST
     alone = rows(model, [nothing])
     assert (list(alone.rejects), len(alone.vectors)) == ([0], 0)
+
+
+# On CUDA, of which there is none here
+
+
+@pytest.fixture
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Models say that they are on a GPU; nothing is computed there."""
+    matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, convolutions.allow_tf32
+    monkeypatch.setattr(SentenceTransformer, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    matmul.allow_tf32 = convolutions.allow_tf32 = True
+    yield
+    matmul.allow_tf32, convolutions.allow_tf32 = before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_the_libraries_have_two_streams_on_cuda(tmp_path, on_cuda, kind):
+    """They change nothing of their own as they compute; and none multiplies float32 in TensorFloat-32."""
+    assert PyTorchBackend(KINDS[kind].save(tmp_path)).num_streams == 2
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (False, False)
+
+
+def test_a_model_s_own_encode_multiplies_float32_in_float32_on_cuda(tmp_path, on_cuda):
+    """Convolutions too, which torch computes in TensorFloat-32 if nobody says otherwise."""
+    chosen, settings = local.Chosen("cuda", "torch", ""), {"prompt": None, "max_rows": None, "batch_tokens": None}
+    encoder = local.encoder(bag_of_words(tmp_path), chosen, dtype="float32", **settings)
+    assert (encoder.backend_name, torch.backends.cudnn.allow_tf32) == ("encode", False)
+
+
+@pytest.mark.parametrize("place", ["the transformer", "a module behind it"])
+def test_a_model_with_code_of_its_own_has_one_stream_on_cuda(tmp_path, on_cuda, place):
+    """It may fill a table as it computes, as nomic's does with cosines: another stream would read it before it is written."""
+    model = KINDS["BERT"].save(tmp_path)
+    module = model[0].auto_model if place == "the transformer" else model[1]
+    module.__class__ = type("Own", (type(module),), {"__module__": "transformers_modules.someone.modeling"})
+    assert PyTorchBackend(model).num_streams == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "lost"),
+    [
+        ("cuda:0", torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), True),
+        ("cuda", RuntimeError("CUDA error: unspecified launch failure"), True),
+        ("cuda", torch.OutOfMemoryError("CUDA out of memory"), False),
+        ("cuda", torch.AcceleratorError("CUDA error: out of memory"), False),
+        ("cuda", None, False),
+        ("cpu", RuntimeError("nobody asks"), False),
+    ],
+    ids=str,
+)
+def test_a_device_that_fails_without_any_work_is_lost(monkeypatch, device, error, lost):
+    """CUDA gives up a process after an error of a kernel; before torch 2.8 the error had no name of its own."""
+
+    def synchronize(_: str) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    model = SentenceTransformerEmbeddingModel.__new__(SentenceTransformerEmbeddingModel)
+    model.device = device
+    assert model.is_lost() is lost
 
 
 # What is out of memory

@@ -39,10 +39,10 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "in"
 
 
-def run(source: Path):
+def run(source: Path, **options: Any):
     out = str(source.parent / "out")
-    model = {"model": "custom:tests.models.HashModel", "gpus_per_actor": 0.5, "num_actors": 1}
-    return engine.run(source=str(source), output=out, shard_rows=70, stall_s=STALL_S, progress=False, **model)
+    options = {"model": "custom:tests.models.HashModel", "gpus_per_actor": 0.5, "num_actors": 1} | options
+    return engine.run(source=str(source), output=out, shard_rows=70, stall_s=STALL_S, progress=False, **options)
 
 
 def read_and_die(parcels: Sequence[Parcel], selection: Selection) -> Iterator[pa.Table]:
@@ -67,6 +67,13 @@ def assert_ends(source: Path, monkeypatch: pytest.MonkeyPatch, place: str, dying
         with pytest.raises(EngineError, match=said):
             run(source)
     assert run(source).pending_rows == 0
+
+
+def test_an_actor_whose_device_is_lost_makes_room_for_another(source):
+    """Whatever a lost GPU is asked for fails: that is no fault of the model, for which the run would end."""
+    result = run(source, model="custom:tests.models.LostModel", model_args={"first": str(source.parent / "first")})
+    assert (result.num_rows, result.num_rejects) == (210, 0)
+    assert engine.verify(source.parent / "out", "full").ok
 
 
 def test_a_file_over_which_readers_die_ends_the_run_which_says_so(source, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 import pytest
@@ -37,6 +38,17 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("bert")
     with_modules(save_transformer(folder / "0", BERT, bert_tokenizer())).save(str(folder / "model"))
     return str(folder / "model")
+
+
+def worker(model: str, num_gpus: float, **options: Any) -> EmbedWorker:
+    """Return what an actor with so much of a GPU runs."""
+    options |= {"backend": "torch"} if model.startswith("sentence-transformers") else {}
+    config = validated(ModelConfig, {"model": model, **options})
+    built = EmbedWorker(
+        Work(config, registry.identity(config), Selection("text"), None, 0, logging.WARNING, num_gpus=num_gpus)
+    )
+    assert built._failure is None
+    return built
 
 
 # The choice
@@ -76,9 +88,37 @@ def test_an_actor_with_a_share_of_a_gpu_keeps_to_that_share_of_its_memory(bert, 
     """Else the first actor takes all that a GPU has, and the second rejects texts for want of memory."""
     asked: list[float] = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", asked.append)
-    config = validated(ModelConfig, {"model": f"sentence-transformers:{bert}", "device": "cpu", "backend": "torch"})
-    EmbedWorker(Work(config, registry.identity(config), Selection("text"), None, 0, logging.WARNING, num_gpus=num_gpus))
+    worker(f"sentence-transformers:{bert}", num_gpus, device="cpu")
     assert asked == fractions
+
+
+@pytest.mark.parametrize(("num_gpus", "is_told"), [(1.0, True), (0.5, True), (0.0, False)])
+def test_an_actor_with_a_gpu_that_torch_does_not_see_says_so(bert, caplog, num_gpus, is_told):
+    """A driver that is too old, or torch for CPUs: Ray has counted the GPU, which stands still, and is paid for."""
+    worker(f"sentence-transformers:{bert}", num_gpus)
+    told = [record.levelname for record in caplog.records if "was given a GPU that torch" in record.message]
+    assert told == ["WARNING"] * is_told
+
+
+@pytest.mark.usefixtures("cuda")
+def test_an_actor_whose_gpu_is_seen_says_nothing_of_it(bert, caplog, monkeypatch):
+    """Nor does a model that may be no torch's, and does not say what it runs on."""
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: None)
+    worker(f"sentence-transformers:{bert}", 0.5, device="cpu")
+    worker("custom:tests.models.HashModel", 1.0)
+    assert "was given a GPU" not in caplog.text
+
+
+@pytest.mark.parametrize(("num_gpus", "before", "after"), [(1.0, 5e-3, 1e-4), (0.5, 5e-5, 5e-5), (0.0, 5e-3, 5e-3)])
+def test_threads_of_an_actor_with_a_gpu_take_short_turns(num_gpus, before, after):
+    """One that launches kernels waits a turn after each, beside one that makes lists of tokens. On cores there are no launches."""
+    usual = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(before)
+        worker("custom:tests.models.HashModel", num_gpus)
+        assert sys.getswitchinterval() == pytest.approx(after, rel=0.05)  # it is kept in microseconds
+    finally:
+        sys.setswitchinterval(usual)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
@@ -115,6 +155,24 @@ def test_a_custom_model_has_no_backend_to_choose():
     config = ModelConfig(model="custom:tests.models.HashModel")
     assert registry.suited(config, 0) is config
     assert HashModel.suited(config, 0) is config
+
+
+@pytest.mark.parametrize(
+    ("capability", "device", "dtype", "is_told"),
+    [
+        ((7, 5), "cuda", "bfloat16", True),
+        ((7, 5), "cuda", "float16", False),
+        ((8, 0), "cuda", "bfloat16", False),
+        ((7, 5), "cpu", "bfloat16", False),
+    ],
+)
+def test_bfloat16_on_a_gpu_without_it_is_a_warning(caplog, monkeypatch, capability, device, dtype, is_told):
+    """A T4 or a V100 takes it without a word, and has float16 in its tensor cores alone."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(ConfigError, match="there is no model folder"):
+        local.load("/nowhere", local.Chosen(device, "torch", ""), dtype=dtype, revision=None, trust_remote_code=False)
+    assert ("dtype bfloat16: the GPU (Tesla T4) has none" in caplog.text) is is_told
 
 
 # The log line
@@ -155,8 +213,6 @@ def test_the_log_line_says_that_openvino_is_missing(bert, caplog, without_openvi
 
 def test_openvino_that_is_installed_and_broken_is_a_warning(bert, caplog, monkeypatch):
     """A library that it needs may be missing on an actor's machine: PyTorch runs the model."""
-    import sys
-
     monkeypatch.setitem(sys.modules, "engine.models.backends.openvino", None)
     with caplog.at_level(logging.INFO, "engine"):
         model = SentenceTransformerEmbeddingModel(bert, device="cpu")

@@ -121,6 +121,26 @@ def test_a_vector_that_says_nothing_is_a_reject(value):
     assert ["text 3"] in model.calls
 
 
+def test_texts_whose_vectors_say_nothing_cost_two_probes_however_many_they_are():
+    """One tells a broken model at the first of them, and one behind the last that it did not break meanwhile."""
+    good = ["another", PROBE]
+    model = ScriptedModel(lambda texts, answer: np.where([[text in good] for text in texts], answer, np.inf))
+    answer = rows(model, [*TEXTS, "another"])
+    assert set(answer.rejects.values()) == {"the model's vector is zero or not finite"}
+    assert sorted(answer.rejects) == list(range(len(TEXTS)))
+    assert model.calls.count([PROBE]) == 2
+
+
+def test_a_model_that_breaks_meanwhile_has_no_text_rejected():
+    """It was well at the first text whose vector said nothing; of the others nobody could say whose fault it was."""
+    model = ScriptedModel(
+        lambda texts, answer: answer * np.nan if texts != [PROBE] or model.calls.count([PROBE]) > 1 else answer
+    )
+    with pytest.raises(ProviderError, match="fails on every text"):
+        rows(model, TEXTS)
+    assert model.calls[-1] == [PROBE]
+
+
 def test_a_vector_that_is_right_at_the_second_time_is_taken():
     """A model that stumbles over a batch is asked for the text alone."""
     model = ScriptedModel(lambda texts, answer: answer * np.float32(np.nan) if len(texts) > 1 else answer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -256,6 +257,66 @@ def test_a_bad_text_is_rejected_alone(saved, monkeypatch):
     assert answer.rejects == {2: "the model fails on it: RuntimeError"}
     rejected = torch.nn.functional.normalize(torch.tensor(answer.vectors))
     np.testing.assert_allclose(rejected, torch.nn.functional.normalize(torch.tensor(expected)), atol=1e-5)
+
+
+# Without memory
+
+
+class Small:
+    """
+    An `encode` on a device with memory for so many texts, and for none that is called giant.
+
+    Args:
+        right: The model's own.
+        most: Texts of a batch that fit.
+    """
+
+    def __init__(self, right: Callable[..., Any], most: int) -> None:
+        self.right, self.most = right, most
+        self.sizes: list[int] = []
+        self.batches: list[weakref.ref[torch.Tensor]] = []
+
+    def __call__(self, texts: list[str], *, batch_size: int, **kwargs: Any) -> Any:
+        assert not any(batch() is not None for batch in self.batches), "the batch that did not fit is still there"
+        size = min(batch_size, len(texts))
+        self.sizes.append(size)
+        batch = torch.ones(size)
+        self.batches.append(weakref.ref(batch))
+        if size > self.most or any("giant" in text for text in texts):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return self.right(texts, batch_size=batch_size, **kwargs)
+
+
+@pytest.fixture
+def small(saved: str, monkeypatch: pytest.MonkeyPatch) -> tuple[SentenceTransformerEmbeddingModel, Small]:
+    """A model on a device with memory for eleven texts."""
+    model = SentenceTransformerEmbeddingModel(saved, device="cpu", model_batch_size=32)
+    encode = Small(model._encoder._model.encode, most=11)
+    monkeypatch.setattr(model._encoder._model, "encode", encode)
+    return model, encode
+
+
+def test_a_device_without_memory_for_a_batch_has_smaller_ones_from_then_on(small, caplog):
+    """Halved until they fit; nothing is left on the device of those that did not, and no text is tried alone."""
+    model, encode = small
+    answer = rows(model, mixed())
+    assert (answer.rejects, len(answer.vectors)) == ({}, len(mixed()))
+    assert "larger batches do not fit into the device's memory: 8 texts from now on" in caplog.text
+    rows(model, mixed()[:40])
+    assert encode.sizes == [32, 16, 8, 8]
+    expected = static(Path()).encode(mixed())
+    np.testing.assert_allclose(answer.vectors, expected, atol=1e-5)
+
+
+def test_a_text_that_is_too_large_alone_is_rejected_and_leaves_the_batches_as_they_were(small):
+    """One of a thousand would else have all others go through the device one by one."""
+    model, encode = small
+    answer = rows(model, ["one", "two", "a giant", "three"])
+    assert answer.rejects == {2: "the model fails on it: OutOfMemoryError"}
+    assert len(answer.vectors) == 3
+    encode.sizes.clear()
+    rows(model, mixed()[:11])
+    assert encode.sizes == [11]
 
 
 # Plain at first sight

@@ -8,6 +8,9 @@ from engine.config import load_config
 from engine.errors import ConfigError
 from engine.pipeline.resources import LIGHT_CPUS, decide
 
+CUSTOM = {"model": "custom:tests.models.HashModel"}
+"""Which may use several GPUs."""
+
 
 def chosen(cluster: dict[str, float], num_parcels: int = 1000, **options):
     return decide(load_config(source="in", output="out", **options), [cluster], num_parcels)
@@ -22,7 +25,15 @@ def test_one_actor_for_each_gpu():
 @pytest.mark.parametrize(("gpus", "share", "actors"), [(2, 0.5, 4), (2, 0.4, 4), (1, 0.25, 4), (4, 2, 2), (3, 2, 1)])
 def test_a_share_is_of_one_gpu(gpus, share, actors):
     """Two actors of 0.4 fit on each GPU, not five on two: a share does not straddle devices."""
-    assert chosen({"CPU": 64, "GPU": gpus}, gpus_per_actor=share).max_actors == actors
+    assert chosen({"CPU": 64, "GPU": gpus}, gpus_per_actor=share, **CUSTOM).max_actors == actors
+
+
+def test_several_gpus_for_a_local_model_are_refused():
+    """It runs on one; the others would be held, and paid for, and stand still. A custom model may use them."""
+    with pytest.raises(ConfigError, match="gpus_per_actor 2: a local model runs on one GPU"):
+        chosen({"CPU": 64, "GPU": 8}, gpus_per_actor=2)
+    assert chosen({"CPU": 64, "GPU": 8}, gpus_per_actor=1).max_actors == 8
+    assert chosen({"CPU": 64, "GPU": 8}, gpus_per_actor=2, **CUSTOM).num_gpus == 2
 
 
 @pytest.mark.parametrize(("cpus", "actors", "threads"), [(1, 1, 1), (2, 1, 2), (4, 1, 4), (16, 4, 4), (18, 4, 4)])
@@ -95,7 +106,7 @@ def test_a_cluster_that_cannot_hold_an_actor_is_refused():
 
 def test_an_actor_must_fit_on_one_node():
     """Two GPUs on two nodes are not two GPUs for one actor, and half-filled nodes add up to nothing."""
-    config = load_config(source="in", output="out", gpus_per_actor=2)
+    config = load_config(source="in", output="out", gpus_per_actor=2, **CUSTOM)
     with pytest.raises(ConfigError, match="an actor needs 2 GPU, and the cluster's largest node has 1 GPUs"):
         decide(config, [{"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 1}], 1000)
     assert decide(config, [{"CPU": 8, "GPU": 3}, {"CPU": 8, "GPU": 2}], 1000).max_actors == 2

@@ -189,7 +189,7 @@ def test_the_budget_is_found_on_the_job_s_own_batches(device: Callable[[Batch], 
     """No text is computed twice for it, batches of all candidates take turns, and after it there is one budget."""
     backend = Scripted(device)
     encoder = PackedEncoder(Lengths(), backend, TokenBudget("cpu"))
-    texts = texts_of(30_000)
+    texts = texts_of(40_000)
     encoded = encoder(texts)
     assert {batch.budget for batch in backend.began} == {SMALL, MIDDLE, LARGE}
     assert sorted(np.concatenate([batch.positions for batch in backend.began])) == list(range(len(texts)))
@@ -198,6 +198,27 @@ def test_the_budget_is_found_on_the_job_s_own_batches(device: Callable[[Batch], 
     backend.began.clear()
     encoder(texts)
     assert {batch.budget for batch in backend.began} == {taken}
+
+
+def test_on_a_device_that_streams_share_batches_on_trial_are_alone_and_first_ones_do_not_count(monkeypatch):
+    """A small batch beside a large one would wait for that one's work, and whichever is first for memory and libraries."""
+    noted: list[int] = []
+    monkeypatch.setattr(TokenBudget, "note", lambda _, one: noted.append(int(one.batch.positions[0])))
+    seen: set[tuple[int, int]] = set()
+    later: list[int] = []
+
+    def act(batch: Batch) -> None:
+        overhead(batch)
+        if (key := (threading.get_ident(), batch.budget)) in seen:
+            later.append(int(batch.positions[0]))
+        seen.add(key)
+
+    backend = Scripted(act)
+    PackedEncoder(Lengths(), backend, TokenBudget("cpu"))(texts_of(40_000))
+    assert backend.most_at_once == 1
+    assert {budget for _, budget in seen} == {SMALL, MIDDLE, LARGE}
+    assert noted == later
+    assert len(backend.began) == len(later) + len(seen)
 
 
 def test_two_calls_at_once_are_on_trial_one_after_the_other():
@@ -210,7 +231,7 @@ def test_two_calls_at_once_are_on_trial_one_after_the_other():
 
     backend = Scripted(act)
     encoder = PackedEncoder(Lengths(), backend, TokenBudget("cpu"))
-    calls = [threading.Thread(target=encoder, args=[texts_of(30_000)])]
+    calls = [threading.Thread(target=encoder, args=[texts_of(40_000)])]
     calls[0].start()
     wait(inside)
     calls.append(threading.Thread(target=encoder, args=[["61"] * 500]))
@@ -231,7 +252,7 @@ def test_a_call_of_fewer_texts_than_candidates_does_not_end_the_search(texts):
     backend = Scripted(overhead)
     encoder = PackedEncoder(Lengths(), backend, TokenBudget("cpu"))
     encoder(texts)
-    encoder(texts_of(30_000))
+    encoder(texts_of(40_000))
     assert encoder.budget.value == LARGE
 
 
@@ -241,8 +262,8 @@ def test_a_call_that_fails_on_trial_does_not_end_the_search(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("engine.models.tokens.Tokens.padded", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
         with pytest.raises(MemoryError):
-            encoder(texts_of(30_000))
-    encoder(texts_of(30_000))
+            encoder(texts_of(40_000))
+    encoder(texts_of(40_000))
     assert encoder.budget.value == LARGE
 
 

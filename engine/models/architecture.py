@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 CHANGING_ROTATIONS = frozenset({"dynamic", "longrope"})
 """Kinds of rotary positions that go by the longest text of a batch, and are written anew for each: neighbours change a vector, and threads another's."""
 
+KNOWN_CODE = frozenset({"torch", "transformers", "sentence_transformers"})
+"""Packages whose modules change nothing of their own as they compute, but for `CHANGING_ROTATIONS`."""
+
 
 def is_plain(model: SentenceTransformer) -> bool:
     """Say whether a model is the library's own transformer module, for text alone, and modules that follow it."""
@@ -35,6 +38,16 @@ def is_plain(model: SentenceTransformer) -> bool:
         and not any((model.module_kwargs or {}).values())
         and not _has_changing_rotations(first)
     )
+
+
+def has_known_code(model: SentenceTransformer) -> bool:
+    """
+    Say whether all of a model's modules are of torch, transformers and sentence-transformers.
+
+    Code of a Hub may fill tables as it computes, such as nomic's cosines of positions. On another CUDA stream they would be read
+    before they are written, which nothing would show.
+    """
+    return all(type(module).__module__.partition(".")[0] in KNOWN_CODE for module in model.modules())
 
 
 def num_known_tokens(model: SentenceTransformer) -> int | None:

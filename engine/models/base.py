@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 PROBE = "The quick brown fox jumps over the lazy dog."
 """A text that every model embeds. When one text fails alone, this one tells whether the text or the model is at fault."""
 
+UNUSABLE = "vector is zero or not finite"
 MAX_REASON_CHARACTERS = 200
 MODEL_SHARD_ROWS = 16_384
 MODEL_SHARD_BYTES = 4 * 1024**2
@@ -42,6 +43,8 @@ class Needs:
     """Of an actor: one on the device, one that is ready for it, one that leaves."""
     actors: int | None = None
     """How many are enough; None for as many as there is room for."""
+    most_gpus: float | None = None
+    """That one of them can use; None if the model may use any number."""
 
 
 class BadAnswer(Exception):
@@ -85,6 +88,14 @@ class BaseEmbeddingModel(ABC):
 
     def remember(self) -> None:  # noqa: B027 - of those that may
         """Keep the vectors of the latest texts for when these come again; to be called by whoever embeds shard after shard."""
+
+    def is_lost(self) -> bool:
+        """
+        Say, after an error, whether the model's process is lost: whatever it is asked for fails from now on, and a new one would do.
+
+        An actor whose model is lost ends itself, and Ray starts another, which has its shards.
+        """
+        return False
 
     async def close(self) -> None:
         """Release what the model holds; it is not used afterwards."""
@@ -165,6 +176,7 @@ class BaseEmbeddingModel(ABC):
         has_vector = np.zeros(len(texts), bool)
         rejects: dict[int, str] = {}
         failed_alone: set[int] = set()
+        unusable: list[int] = []
         ranges = [(0, len(texts))] if texts else []
         while ranges:
             start, stop = ranges.pop()
@@ -189,12 +201,16 @@ class BaseEmbeddingModel(ABC):
             is_usable = usable(answer)
             vectors[start:stop] = answer  # a copy: the model may use its buffer again
             has_vector[start:stop] = is_usable
-            for position in (start + np.flatnonzero(~is_usable)).tolist():
-                if stop - start > 1:
-                    ranges.append((position, position + 1))  # once more, alone
-                else:
-                    await self._pass_probe(BadAnswer("vector is zero or not finite"))
-                    rejects[position] = "the model's vector is zero or not finite"
+            bad = (start + np.flatnonzero(~is_usable)).tolist()
+            if stop - start > 1:
+                ranges += [(position, position + 1) for position in bad]  # once more, alone
+            else:
+                unusable += bad
+                if bad and len(unusable) == 1:
+                    await self._pass_probe(BadAnswer(UNUSABLE))
+        if len(unusable) > 1:  # a model that broke after the first of them fails here, before any is rejected
+            await self._pass_probe(BadAnswer(UNUSABLE))
+        rejects |= dict.fromkeys(unusable, f"the model's {UNUSABLE}")
         if vectors is None:
             vectors = np.empty((len(texts), await self.dimension() if texts else self._dimension or 0), np.float32)
         return Embeddings(vectors if has_vector.all() else vectors[has_vector], rejects)
@@ -229,7 +245,7 @@ class BaseEmbeddingModel(ABC):
         try:
             answer = await self._checked([PROBE])
             if not usable(answer).all():
-                raise BadAnswer("vector is zero or not finite")  # noqa: TRY301 - judged with the model's own errors
+                raise BadAnswer(UNUSABLE)  # noqa: TRY301 - judged with the model's own errors
         except Exception as again:
             self._raise_if_not_about_texts(again)
             raise ProviderError(

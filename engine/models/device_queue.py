@@ -28,6 +28,8 @@ class Done:
     error: Exception | None
     seconds: float
     """In its stream."""
+    is_first: bool = False
+    """Of its budget in its stream: memory is taken for it, and libraries are loaded."""
 
 
 class DeviceClock:
@@ -71,6 +73,7 @@ class DeviceQueue:
         self._room = threading.Semaphore(self._places)
         self._streams = ThreadPoolExecutor(backend.num_streams, thread_name_prefix="stream")
         self._clock = DeviceClock()
+        self._own = threading.local()
 
     def run(self, batches: Iterable[Batch], take: Callable[[Done], None], *, alone: bool = False) -> DeviceTime:
         """
@@ -123,4 +126,11 @@ class DeviceQueue:
                 self.backend.relieve()
         finally:
             self._room.release(self._places if alone else 1)
-        return Done(batch, vectors, problem, time.perf_counter() - began)
+        return Done(batch, vectors, problem, time.perf_counter() - began, self._is_first(batch.budget))
+
+    def _is_first(self, budget: int) -> bool:
+        """Say whether this thread has had no batch of a budget yet."""
+        seen: set[int] = self._own.__dict__.setdefault("budgets", set())
+        is_first = budget not in seen
+        seen.add(budget)
+        return is_first

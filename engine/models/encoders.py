@@ -16,10 +16,12 @@ import numpy.typing as npt
 from engine.batching import pack, pack_for_streams, pack_in_turns
 from engine.errors import InputRejected
 from engine.models.backends.base import Batch, is_out_of_memory
+from engine.models.backends.pytorch import empty_cache
 from engine.models.base import Embeddings
 from engine.models.device_queue import DeviceClock, DeviceQueue, Done
 
 if TYPE_CHECKING:
+    import torch
     from sentence_transformers import SentenceTransformer
 
     from engine.batching import Positions
@@ -161,16 +163,21 @@ class PackedEncoder(Encoder):
     def _run(
         self, tokens: Tokens, packed: Sequence[tuple[int, Positions]], encoded: Encoded, *, alone: bool = False
     ) -> list[Positions]:
-        """Compute batches and put their vectors in their places; return those for which the device had no memory."""
+        """
+        Compute batches and put their vectors in their places; return those for which the device had no memory.
+
+        Where streams share a device, batches on trial are alone on it: beside a large one a small one waits for that one's work.
+        """
         if not packed:
             return []
         budgets = {budget for budget, _ in packed}
+        on_trial, is_shared = len(budgets) > 1, self._queue.backend.call_tokens is None
         too_large: list[Positions] = []
         lengths = tokens.lengths
 
         def take(one: Done) -> None:
             positions = one.batch.positions
-            if len(budgets) > 1:
+            if on_trial and not (is_shared and one.is_first):
                 self.budget.note(one)
             if one.vectors is not None:
                 if not encoded.vectors.shape[1]:
@@ -185,10 +192,10 @@ class PackedEncoder(Encoder):
             elif one.error is not None:
                 encoded.failed.update(dict.fromkeys(positions.tolist(), one.error))
 
-        spent = self._queue.run(self._filled(tokens, packed), take, alone=alone)
+        spent = self._queue.run(self._filled(tokens, packed), take, alone=alone or (on_trial and is_shared))
         encoded.held_s += spent.held_s
         encoded.busy_s += spent.busy_s
-        if len(budgets) > 1:
+        if on_trial:
             self.budget.compare({budget: self._fill(tokens, budget) for budget in budgets})
         return too_large
 
@@ -204,7 +211,8 @@ class OwnEncoder(Encoder):
     """
     A model's own `encode`, for what is not a plain transformer: static embeddings, routers, modules of its own.
 
-    One call at a time, since such a model may keep anything. Tokens are counted as they go into the model.
+    One call at a time, since such a model may keep anything. Tokens are counted as they go into the model. A device that runs out of
+    memory has smaller batches from then on.
 
     Args:
         model: Any.
@@ -236,19 +244,7 @@ class OwnEncoder(Encoder):
             tokens = self._beside(texts)
         with self._turn:
             began = time.perf_counter()
-            self._num_tokens = self._num_padded_tokens = 0
-            vectors: npt.NDArray[np.float32] = (
-                self._model.encode(
-                    list(texts),
-                    prompt=self._prompt,
-                    batch_size=self._batch_size,
-                    show_progress_bar=False,
-                    convert_to_tensor=True,
-                )
-                .float()
-                .cpu()
-                .numpy()
-            )
+            vectors = self._vectors(texts)
             encoded = Encoded(
                 vectors,
                 num_tokens=self._num_tokens,
@@ -259,6 +255,35 @@ class OwnEncoder(Encoder):
         if tokens is not None:
             encoded.count_lost(tokens.lost_of_long())
         return encoded
+
+    def _vectors(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Encode texts, in smaller batches if the device has no memory; those with which it came through stay."""
+        size = self._batch_size
+        while True:
+            error = None
+            self._num_tokens = self._num_padded_tokens = 0
+            try:
+                vectors: npt.NDArray[np.float32] = self._encoded(texts, size).float().cpu().numpy()
+            except Exception as problem:
+                error = problem.with_traceback(None)  # whose frames hold the batch's tensors
+            if error is None:
+                if size < min(self._batch_size, len(texts)):
+                    logger.warning("larger batches do not fit into the device's memory: %d texts from now on", size)
+                    self._batch_size = size
+                return vectors
+            if not is_out_of_memory(error):
+                raise error
+            empty_cache(self.device)
+            size = min(size, len(texts))
+            if size == 1:  # a text is too large alone: of the others nothing is learned
+                raise error
+            size //= 2
+
+    def _encoded(self, texts: Sequence[str], batch_size: int) -> torch.Tensor:
+        answer: torch.Tensor = self._model.encode(
+            list(texts), prompt=self._prompt, batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True
+        )
+        return answer
 
     def _count_tokens(self, _module: Any, inputs: tuple[Any, ...]) -> None:
         features = inputs[0] if inputs and isinstance(inputs[0], Mapping) else {}

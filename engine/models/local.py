@@ -15,7 +15,7 @@ from engine.errors import ConfigError
 from engine.models import model_files
 from engine.models.architecture import cast, num_known_tokens
 from engine.models.backends.base import Batch
-from engine.models.backends.pytorch import PyTorchBackend
+from engine.models.backends.pytorch import PyTorchBackend, refuse_tf32
 from engine.models.base import lowest_cosine
 from engine.models.cores import num_cores
 from engine.models.encoders import Encoder, OwnEncoder, PackedEncoder
@@ -100,6 +100,11 @@ def load(
     from sentence_transformers import SentenceTransformer
     from transformers.utils.logging import disable_progress_bar
 
+    if dtype == "bfloat16" and not _has_bfloat16(chosen):
+        logger.warning(
+            "dtype bfloat16: the GPU (%s) has none, and computes it in a slow way; float16, in a new output, is faster",
+            torch.cuda.get_device_name(chosen.device),
+        )
     folder = model_files.folder_of(name)
     disable_progress_bar()  # in an actor it would be noise in the driver's log
     try:
@@ -139,6 +144,8 @@ def encoder(
         if chosen.backend == "openvino":
             logger.warning("backend openvino: %s is not a plain transformer; its own encode is used", _name(model))
         size = max_rows or DEFAULT_BATCH_SIZE.get(chosen.kind, DEFAULT_BATCH_SIZE["cpu"])
+        if chosen.kind == "cuda":
+            refuse_tf32()
         _log(model, chosen.device, "its own encode", dtype, "it is not a plain transformer with pooling")
         return OwnEncoder(cast(model, dtype), prompt, size, _beside(model, prompt))
     backend = _converted(model, tokenizer, dtype) if chosen.backend == "openvino" else None
@@ -238,6 +245,13 @@ def _device(device: str) -> str:
             f"device {device}: torch {torch.__version__} sees no CUDA device here; use --device cpu or auto"
         )
     return device
+
+
+def _has_bfloat16(chosen: Chosen) -> bool:
+    """Say whether a device multiplies in bfloat16, as NVIDIA's GPUs do from Ampere on (8.0); of others nothing is known here."""
+    if chosen.kind != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(chosen.device) >= (8, 0)
 
 
 def _kind(device: str) -> str:

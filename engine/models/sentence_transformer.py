@@ -13,7 +13,7 @@ import numpy.typing as npt
 from engine.errors import ConfigError, InputRejected
 from engine.model_config import LongTexts, ModelConfig
 from engine.models import model_files
-from engine.models.base import BaseEmbeddingModel, usable
+from engine.models.base import BaseEmbeddingModel, Needs, usable
 from engine.models.embeddings import ONE_VECTOR, Embeddings
 from engine.models.recent import Recent
 
@@ -100,6 +100,11 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
         self._fitter = local.fitter(model, self._encoder, prompt=prompt, how=long_texts, overlap=chunk_overlap)
         self.device = self._encoder.device
         self.backend = self._encoder.backend_name
+
+    @classmethod
+    def needs(cls, config: ModelConfig) -> Needs:  # noqa: ARG003 - the same for all
+        """Say that an actor uses one GPU at most."""
+        return Needs(most_gpus=1)
 
     @classmethod
     def check_options(cls, config: ModelConfig) -> None:
@@ -200,6 +205,8 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
         try:
             answer = await asyncio.to_thread(self._encode, texts, tokens)
         except Exception:  # of no batch, but of all texts together: a tokenizer's, an `encode`'s
+            answer = None
+        if answer is None:  # the error is gone, and with it what its frames held of the device's memory
             return await super().embed_distinct(texts)
         if answer.vectors.shape[1]:
             self._dimension = answer.vectors.shape[1]
@@ -217,6 +224,12 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
                 good[saved] = True
             answer.vectors = answer.vectors[good]
         return answer
+
+    def is_lost(self) -> bool:
+        """Say whether CUDA has given up the process."""
+        from engine.models.backends.pytorch import is_lost
+
+        return is_lost(self.device)
 
     async def close(self) -> None:
         """End the threads that run the model."""

@@ -110,7 +110,7 @@ def translated() -> Iterator[None]:
             raise found from None
         if isinstance(error, RayActorError):
             raise EngineError(
-                "an actor that embeds, or a publisher, died again and again over the same shard: a text, its node's memory or the output's "
+                "an actor that embeds, or a publisher, died again and again over the same shard: a text, its GPU, its node's memory or the output's "
                 "disk may be the cause. What was committed is kept. Smaller shards in a new output (--shard-rows) narrow it down; Ray's "
                 "logs are in /tmp/ray/session_latest/logs"
             ) from error

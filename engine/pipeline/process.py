@@ -1,13 +1,18 @@
-"""The process of an actor: its threads, its share of a GPU's memory, and its log lines."""
+"""The process of an actor: its threads, its GPU or its share of one, and its log lines."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
+from typing import NoReturn
+
+logger = logging.getLogger(__name__)
 
 ALLOCATED = 0.95
 """Of an actor's share of a GPU's memory: some hundred MB beside it are CUDA's own, in each process."""
+SWITCH_S = 1e-4
+"""In place of Python's 5 ms: for so long a thread that launches kernels waits for the interpreter after each, beside one that runs Python (decision 10)."""
 
 
 def set_threads(num_threads: int) -> None:
@@ -16,6 +21,29 @@ def set_threads(num_threads: int) -> None:
     os.environ["RAYON_NUM_THREADS"] = str(num_threads)  # the tokenizer's
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(num_threads)
+
+
+def switch_threads_soon() -> None:
+    """Let no thread that makes Python objects of tokens keep those that launch a GPU's kernels from the interpreter for long."""
+    sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
+
+
+def warn_of_unseen_gpu(num_gpus: float, device: str) -> None:
+    """
+    Say that a GPU stands still: Ray counts them without torch, and a model that finds none runs on a core.
+
+    Args:
+        num_gpus: Of the actor.
+        device: That the model runs on; empty if it does not say.
+    """
+    torch = sys.modules.get("torch")  # which not every model needs
+    if num_gpus and torch is not None and device.partition(":")[0] == "cpu" and not torch.cuda.is_available():
+        logger.warning(
+            "this actor was given a GPU that torch %s does not see, and runs on a CPU core: torch is a build for CPUs, or the node's driver "
+            "is too old for it (python -c 'import torch; torch.zeros(1).cuda()' tells). With --device cuda such a run ends at once; "
+            "--device cpu leaves GPUs alone, and uses all cores",
+            torch.__version__,
+        )
 
 
 def keep_to_share_of_gpu(num_gpus: float) -> None:
@@ -37,3 +65,9 @@ def show_logs(level: int) -> None:
         handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
         root.addHandler(handler)
     root.setLevel(level)
+
+
+def end(why: str) -> NoReturn:
+    """End this process here and now, as a crash would: Ray starts another, and gives it the shards of this one."""
+    logger.error("%s: this process ends, and another takes its place", why)
+    os._exit(1)

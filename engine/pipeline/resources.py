@@ -68,7 +68,7 @@ def decide(config: JobConfig, nodes: Sequence[Mapping[str, float]], num_parcels:
 
     Raises:
         ConfigError: If no node can hold an actor, or all together not as many as there are to be at least, and the cluster will not
-            grow; or if GPUs are asked for, and to be left alone.
+            grow; or if GPUs are asked for, and to be left alone, or more of them for an actor than its model can use.
     """
     needs = registry.model_class(config.of_model()).needs(config)
     if not needs.has_device:
@@ -76,6 +76,11 @@ def decide(config: JobConfig, nodes: Sequence[Mapping[str, float]], num_parcels:
     if config.device == "cpu" and config.gpus_per_actor is not None:
         raise ConfigError(
             "gpus_per_actor: device cpu leaves GPUs alone: give --gpus-per-actor or --device cpu, not both"
+        )
+    if needs.most_gpus is not None and (config.gpus_per_actor or 0) > needs.most_gpus:
+        raise ConfigError(
+            f"gpus_per_actor {config.gpus_per_actor:g}: a local model runs on one GPU, and others that its actor holds would stand still; "
+            "leave it out, and each GPU has an actor of its own"
         )
     wants_gpu = config.gpus_per_actor is not None or config.device.startswith("cuda")
     gpus = [node.get("GPU", 0.0) for node in nodes]

@@ -170,7 +170,12 @@ class EmbedWorker:
         if not texts and self._former is not None:
             nothing = np.empty((0, self._former.vectors.dimension), np.float32)
             return Embeddings(nothing, chunks=Chunks.none() if self._former.has_chunks else None)
-        answer = self._thread.submit(self._answer(texts)).result()
+        try:
+            answer = self._thread.submit(self._answer(texts)).result()
+        except Exception as error:
+            if self._model.is_lost():  # one GPU of many: the run goes on
+                process.end(f"the device of {self._work.model.model} is lost ({type(error).__name__})")
+            raise
         if self._former is not None and answer.vectors.shape[1] != self._former.vectors.dimension:
             raise Refused(
                 f"the model answers with {answer.vectors.shape[1]} dimensions, and the vectors to be reused have "
@@ -247,6 +252,8 @@ class CommittingWorker(EmbedWorker):
 def _built(work: Work) -> BaseEmbeddingModel:
     if work.num_threads:
         process.set_threads(work.num_threads)
+    if work.num_gpus:
+        process.switch_threads_soon()
     if registry.identity(work.model) != work.identity:
         raise Refused(
             f"the model {work.model.model} on the node of an actor is not the one on the driver's: "
@@ -258,6 +265,7 @@ def _built(work: Work) -> BaseEmbeddingModel:
         raise
     except Exception as error:
         raise _failed(work, error) from None
+    process.warn_of_unseen_gpu(work.num_gpus, getattr(model, "device", ""))
     process.keep_to_share_of_gpu(work.num_gpus)
     return model
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from engine.models.backends.base import Backend, Batch, features_of
+from engine.models.architecture import has_known_code
+from engine.models.backends.base import Backend, Batch, features_of, is_out_of_memory
 from engine.models.cores import num_cores
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class PyTorchBackend(Backend):
     On CPUs each stream is one core, since threads that share a batch wait for each other.
 
     On CUDA each of two threads has a stream of its own and pinned memory, so that copies to and from the device overlap with
-    the computing of the other. In float32, matrices are multiplied in float32: TensorFloat-32 has 10 bits of mantissa.
+    the computing of the other. A model with code of its own, which may write what the other stream reads, has one.
     """
 
     name = "torch"
@@ -49,9 +50,8 @@ class PyTorchBackend(Backend):
             self.call_tokens = CALL_TOKENS
             self.has_shared_batches = True
         elif self._is_cuda:
-            self.num_streams = CUDA_STREAMS
-            torch.backends.cuda.matmul.allow_tf32 = False
-            torch.backends.cudnn.allow_tf32 = False
+            self.num_streams = CUDA_STREAMS if has_known_code(model) else 1
+            refuse_tf32()
             torch.cuda.synchronize(self._device)  # the weights came on another stream than those below
 
     def __call__(self, batch: Batch) -> Vectors:
@@ -65,10 +65,7 @@ class PyTorchBackend(Backend):
 
     def relieve(self) -> None:
         """Empty the allocator's cache: what lies in it is in pieces of the wrong sizes."""
-        if self._is_cuda:
-            torch.cuda.empty_cache()
-        elif self._device.type == "mps":
-            torch.mps.empty_cache()
+        empty_cache(self.device)
 
     def _use_threads(self, number: int) -> None:
         """Have the calling thread compute with so many threads; torch sets the number for all new threads with it."""
@@ -100,6 +97,36 @@ class PyTorchBackend(Backend):
             self._own.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream: torch.cuda.Stream = self._own.stream
         return stream
+
+
+def refuse_tf32() -> None:
+    """In float32, multiply in float32: TensorFloat-32, which torch allows in convolutions, has 10 bits of mantissa."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def empty_cache(device: str) -> None:
+    """Give back what memory of a device torch holds in reserve."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.empty_cache()
+    elif kind == "mps":
+        torch.mps.empty_cache()
+
+
+def is_lost(device: str) -> bool:
+    """
+    Say whether CUDA has given up the process, after which every call of it fails: bad memory, a kernel that went astray.
+
+    The device is asked for nothing but whether it is done, so that no text and no lack of memory has a part in the answer.
+    """
+    if torch.device(device).type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:  # torch.AcceleratorError, from 2.8 on
+        return not is_out_of_memory(error)
+    return False
 
 
 def _tensors(batch: Batch, device: torch.device, *, pin: bool = False) -> dict[str, Any]:
