@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import psutil
@@ -21,6 +22,7 @@ from benchmarks import corpus, local, local_report, measure, steady_state
 from benchmarks.batch_search import searched
 from benchmarks.local_rounds import Bench, Way, ways_over
 from benchmarks.local_texts import TextSet, dealt, drawn, lowest_cosine
+from benchmarks.models import ConstantModel
 from tests.kills import ROOT
 
 
@@ -146,6 +148,44 @@ def test_a_part_that_fails_takes_nothing_of_the_others_with_it(
 def test_a_process_that_fails_says_why() -> None:
     with pytest.raises(RuntimeError, match=r"failed with 3:\nnot today"):
         measure.seconds_of("-c", "import sys; sys.stderr.write('not today'); sys.exit(3)")
+
+
+class Overlapping(ConstantModel):
+    """Answers its calls two by two, and notes how many are in it."""
+
+    shards_at_once = 2
+    inside: ClassVar[list[int]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._two = asyncio.Barrier(2)
+        self._num_inside = 0
+
+    async def embed(self, texts: list[str]) -> Any:
+        self._num_inside += 1
+        async with asyncio.timeout(30):
+            await self._two.wait()
+        self.inside.append(self._num_inside)
+        await self._two.wait()
+        self._num_inside -= 1
+        return await super().embed(texts)
+
+
+def test_a_bare_loop_has_as_many_shards_in_the_model_as_an_actor(tmp_path: Path) -> None:
+    """It waits for none of them before it reads the next; answers come in the order of shards."""
+    starts, inside = measure.fresh("tests.test_benchmarks:overlap", folder=str(tmp_path)).result
+    assert starts == [0, 2, 4, 6, 8, 10]
+    assert inside == [2] * 6
+
+
+def overlap(folder: str) -> tuple[list[int], list[int]]:
+    from benchmarks.bare_loop import loops
+    from tests import test_benchmarks
+
+    source = corpus.write(Path(folder, "texts.parquet"), [f"text {number}" for number in range(12)])
+    about = {"source": source, "output": f"{folder}/out", "shard_rows": 2, "cpus_per_actor": measure.num_cores()}
+    (done,) = loops(about | {"model": "custom:tests.test_benchmarks.Overlapping"}).done
+    return [one.shard.start for one in done], test_benchmarks.Overlapping.inside
 
 
 def test_every_loop_counts_from_the_end_of_its_first_shard_to_that_of_its_last() -> None:
