@@ -39,9 +39,9 @@ check: $(INSTALLED) ## lint, format, types and the floors of the house; runs no 
 
 bench: $(INSTALLED) ## measure local models beside others, and the cost of the engine, of a plan and of a resume
 	@$(PIP) --no-deps --requirement benchmarks/peers.txt
-	@$(OFFLINE) $(BIN)/python benchmarks/local.py
-	@$(OFFLINE) $(BIN)/python benchmarks/overhead.py
-	@$(OFFLINE) $(BIN)/python benchmarks/resume.py
+	@failed=; for name in local overhead resume; do \
+		$(OFFLINE) $(BIN)/python benchmarks/$$name.py || failed="$$failed $$name"; \
+	done; test -z "$$failed" || { echo "failed in part:$$failed"; exit 1; }
 
 soak: $(INSTALLED) ## run the tests marked soak, then kill runs at random KILLS times, and check that no row is lost or doubled
 	@$(OFFLINE) $(BIN)/python -m pytest -m soak

@@ -21,7 +21,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,7 +35,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from benchmarks.api_ways import MODEL, text_of
-from benchmarks.measure import ROOT, environment
+from benchmarks.measure import ROOT, environment, exit_on_sigterm, started
 from tests.strict_server import Server, num_tokens, serving
 
 FIRST_S = 10.0
@@ -125,13 +126,16 @@ def measured(case: Case, way: str, args: argparse.Namespace) -> Outcome:
     num_texts = int(per_minute / 60 * args.seconds / batch) * batch
     options = {"latency_s": LATENCY_S, "constant": True, "burst_s": BURST_S, **case.limits}
     with serving(**options) as server, tempfile.TemporaryDirectory() as folder:
-        watch, started = Watch(server), time.monotonic()
-        if way.startswith("engine"):
-            _engine(case, way, server, Path(folder), num_texts, batch)
-        else:
-            _peers(case, way, server, args, num_texts, tokens)
-        seconds = time.monotonic() - started
-        then, stats = watch.stop(), server.stats()
+        watch, began = Watch(server), time.monotonic()
+        try:
+            if way.startswith("engine"):
+                _engine(case, way, server, Path(folder), num_texts, batch)
+            else:
+                _peers(case, way, server, args, num_texts, tokens)
+            seconds = time.monotonic() - began
+        finally:
+            then = watch.stop()
+        stats = server.stats()
     done = "num_ok" if case.bound == "requests" else "tokens_paid"
     share = math.nan
     if then is not None and stats["last_s"] > then["last_s"] + 1:
@@ -172,18 +176,18 @@ def _engine(case: Case, way: str, server: Server, folder: Path, num_texts: int, 
         **(limits if way == "engine, limits given" else {}),
     }
     command = [sys.executable, "-c", ENGINE, json.dumps(options)]
-    done = subprocess.run(
-        command, env=environment() | KEY, capture_output=True, text=True, check=False, timeout=TIMEOUT_S
-    )
-    if done.returncode:
-        progress.print(f"the engine failed:\n{done.stderr[-3000:]}")
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with started(command, env=environment() | KEY, **pipes) as child:
+        said = child.communicate(timeout=TIMEOUT_S)[1]
+    if child.returncode:
+        progress.print(f"the engine failed:\n{said.decode(errors='replace')[-3000:]}", markup=False)
 
 
 def _peers(case: Case, way: str, server: Server, args: argparse.Namespace, num_texts: int, tokens: float) -> None:
     """Run a way in as many processes as there are workers, each with its share of the texts."""
     batch, words = ROUNDS_OF_TEXTS[case.bound]
     limit = RPM if case.bound == "requests" else TPM
-    first, processes = 0, []
+    first, commands = 0, []
     shares = case.shares()
     for worker, share in enumerate(shares, 1):
         size = num_texts - first if worker == len(shares) else int(num_texts * share / batch) * batch
@@ -196,17 +200,12 @@ def _peers(case: Case, way: str, server: Server, args: argparse.Namespace, num_t
             f"--limit={limit}",
         ]
         command += [f"--limit-per-request={tokens * batch}", f"--workers={case.workers}"]
-        processes.append(
-            subprocess.Popen(
-                command,
-                env=environment() | KEY,
-                cwd=ROOT,
-                stdout=subprocess.DEVNULL,
-                stderr=None if args.verbose else subprocess.DEVNULL,
-            )
-        )
+        commands.append(command)
         first += size
-    codes = [process.wait(TIMEOUT_S) for process in processes]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": None if args.verbose else subprocess.DEVNULL}
+    with ExitStack() as running:
+        processes = [running.enter_context(started(one, env=environment() | KEY, **pipes)) for one in commands]
+        codes = [process.wait(TIMEOUT_S) for process in processes]
     if any(codes):
         progress.print(f"{way}: exit codes {codes} (--verbose shows why)")
 
@@ -224,9 +223,19 @@ def limits(args: argparse.Namespace) -> list[Outcome]:
         for way in ways if case.name in args.cases or not args.cases else ():
             if args.ways and way.split(",")[0] not in args.ways:
                 continue
-            outcomes.append(measured(case, way, args))
-            progress.print(outcomes[-1])
+            outcomes += attempt(args, f"{case.name}, {way}", lambda case=case, way=way: [measured(case, way, args)], [])
+            progress.print(outcomes[-1:])
     return outcomes
+
+
+def attempt(args: argparse.Namespace, title: str, measure: Callable[[], Any], otherwise: Any) -> Any:
+    """Measure something; a failure is told, and does not end what else is measured."""
+    try:
+        return measure()
+    except Exception as error:
+        args.failed.append(title)
+        progress.print(f"{title} failed: {type(error).__name__}: {error}", markup=False)
+        return otherwise
 
 
 def clients(args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -241,6 +250,12 @@ def clients(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     return {
         way: {name: statistics.median(r[name] for r in rounds) for name in rounds[0]} for way, rounds in found.items()
     }
+
+
+def memory() -> dict[str, float]:
+    """Return the memory of our client after each part of many texts."""
+    with serving(constant=True) as server:
+        return _client("memory", server, 500_000)
 
 
 def _client(way: str, server: Server, texts: int) -> dict[str, float]:
@@ -302,18 +317,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object too")
     args = parser.parse_args(argv)
     args.cases, args.ways = ([name for name in value.split(",") if name] for value in (args.cases, args.ways))
-    parts, found = args.parts.split(","), {}
-    if "limits" in parts:
-        found["limits"] = [asdict(outcome) for outcome in limits(args)]
-    if "unlimited" in parts:
-        found["unlimited"] = clients(args)
-    if "memory" in parts:
-        with serving(constant=True) as server:
-            found["memory"] = _client("memory", server, 500_000)
+    args.failed = []
+    of_parts = {
+        "limits": lambda: [asdict(outcome) for outcome in limits(args)],
+        "unlimited": lambda: clients(args),
+        "memory": memory,
+    }
+    asked = args.parts.split(",")
+    found = {part: attempt(args, part, measure, None) for part, measure in of_parts.items() if part in asked}
     sys.stdout.write("\n".join(lines(found)) + "\n")
     if args.json:
         sys.stdout.write(json.dumps(found) + "\n")
+    sys.exit(f"failed: {'; '.join(args.failed)}" if args.failed else 0)
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     main()

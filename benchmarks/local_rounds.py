@@ -5,26 +5,29 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from os import cpu_count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
 from benchmarks import local_report
+from benchmarks.batch_search import best_size
 from benchmarks.local_texts import Row, TextSet
-from benchmarks.measure import fresh
+from benchmarks.measure import fresh, num_cores
+from benchmarks.peak import DTYPES, Found
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
+_T = TypeVar("_T")
 PEERS_SHARE = 0.25
 SAMPLE_SHARE = 0.1
 CALL_ROWS = {"cpu": {"short": 256, "long": 64}, "cuda": {"short": 4096, "long": 1024}}
 """Of the recipe's `map_batches`: enough for `encode` to sort."""
 MIN_CALLS = 5
 """Of the recipe's class, of which each actor's first is not counted."""
+ENCODE_BATCH = 32
+"""Of `encode`, by default: where the search for the best one failed."""
 progress = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -50,29 +53,35 @@ class Bench:
     failed: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
-    def peak(self) -> dict[str, float]:
-        """Measure the machine's peak in every dtype."""
-        found: dict[str, float] = fresh(
-            "benchmarks.local_texts:matmul_peak", dtypes=DTYPES[self.device], device=self.device
-        ).result
-        return found
+    def attempt(self, title: str, measure: Callable[[], _T], otherwise: _T) -> _T:
+        """Measure something; a failure is told, has `otherwise` for its result, and does not end what else is measured."""
+        try:
+            return measure()
+        except Exception as error:
+            self.failed.append(f"{title} failed")
+            progress.print(f"{title}: {type(error).__name__}: {error}", style="red", markup=False)
+            return otherwise
+
+    def peak(self) -> list[Found]:
+        """Measure how fast the machine multiplies matrices, in every dtype."""
+        return [fresh("benchmarks.peak:matmul_rates", dtypes=DTYPES[self.device], device=self.device).result]
 
     def measure(self, way: Way, texts: TextSet, number: int) -> list[Row]:
-        """Measure a way once; a way that fails is told, and does not end the others."""
+        """Measure a way once; nothing is returned if it fails."""
+        title = f"round {number + 1}, {texts.name}, {way.name}"
+        return self.attempt(title, lambda: [self._measured(way, texts, title)], [])
+
+    def _measured(self, way: Way, texts: TextSet, title: str) -> Row:
         output = self.folder / "output"
         arguments = way.arguments | ({"output": str(output)} if way.writes else {})
-        title = f"round {number + 1}, {texts.name}, {way.name}"
         try:
             measured = fresh(f"benchmarks.local_ways:{way.function}", texts=texts.given(way.share), **arguments)
-        except RuntimeError as error:
-            self.failed.append(f"{title} failed")
-            progress.print(f"{title}: {error}", style="red", markup=False)
-            return []
         finally:
             shutil.rmtree(output, ignore_errors=True)
-        rate, cosine = measured.result["texts_per_s"], measured.result["cosine"]
-        progress.print(f"{title}: {rate:,.1f} texts/s, cosine {cosine:.7f}, {measured.seconds:.0f} s", style="dim")
-        return [measured.result]
+        row: Row = measured.result
+        said = f"{row['texts_per_s']:,.1f} texts/s, cosine {row['cosine']:.7f}, {measured.seconds:.0f} s"
+        progress.print(f"{title}: {said}", style="dim")
+        return row
 
 
 def rates(bench: Bench, sets: list[TextSet], batch_sizes: list[int]) -> dict[str, Any]:
@@ -97,13 +106,12 @@ def encode_batches(bench: Bench, texts: TextSet, batch_sizes: list[int]) -> dict
     """Measure `encode` with each batch size on a sample, in every dtype."""
     found = {}
     for dtype in DTYPES[bench.device]:
-        found[dtype] = fresh(
-            "benchmarks.local_ways:batch_rates",
-            texts=texts.given(SAMPLE_SHARE),
-            dtype=dtype,
-            device=bench.device,
-            batch_sizes=batch_sizes,
-        ).result
+        about = {"texts": texts.given(SAMPLE_SHARE), "dtype": dtype, "device": bench.device, "batch_sizes": batch_sizes}
+        found[dtype] = bench.attempt(
+            f"{texts.name}, the best batch size of encode {dtype}",
+            lambda about=about: fresh("benchmarks.local_ways:batch_rates", **about).result,
+            {},
+        )
         shown = ", ".join(f"{size}: {rate:,.1f}" for size, rate in found[dtype].items())
         progress.print(f"{texts.name}, encode {dtype} by batch size: {shown}", style="dim")
     return found
@@ -111,7 +119,10 @@ def encode_batches(bench: Bench, texts: TextSet, batch_sizes: list[int]) -> dict
 
 def ways_over(bench: Bench, texts: TextSet, batch_rates: dict[str, dict[str, float]]) -> Iterator[Way]:
     """Yield the ways that can be measured here, each with its best settings."""
-    best = {dtype: int(max(rates, key=lambda size: rates[size])) for dtype, rates in batch_rates.items()}
+    best = {
+        dtype: best_size({int(size): rate for size, rate in rates.items()}) if rates else ENCODE_BATCH
+        for dtype, rates in batch_rates.items()
+    }
     on = {"device": bench.device}
     for dtype, size in best.items():
         yield Way(f"encode {dtype}", "encode", on | {"dtype": dtype, "batch_size": size}, PEERS_SHARE)
@@ -123,7 +134,11 @@ def ways_over(bench: Bench, texts: TextSet, batch_rates: dict[str, dict[str, flo
     if bench.device == "cpu":
         yield Way("Ray recipe tuned float32", "ray_recipe", recipe | {"tuned": True}, PEERS_SHARE, writes=True)
     if find_spec("daft") is not None:
-        yield Way("Daft float32", "daft", {"warm_up": texts.given(SAMPLE_SHARE)}, PEERS_SHARE, writes=True)
+        warm_up = texts.given(SAMPLE_SHARE)
+        if warm_up["rows"] < texts.given(PEERS_SHARE)["rows"]:
+            yield Way("Daft float32", "daft", {"warm_up": warm_up}, PEERS_SHARE, writes=True)
+        else:
+            bench.skipped.append(f"Daft, {texts.name} texts: too few shards to take a run over some off one over all")
     for name, function in (("bare loop", "loop"), ("end to end", "end_to_end")):
         for dtype in best:
             ours = on | {"dtype": dtype, "shard_rows": texts.shard_rows}
@@ -141,7 +156,7 @@ def topology(bench: Bench, sets: list[TextSet]) -> dict[str, Any]:
 
 
 def _topologies(texts: TextSet) -> Iterator[Way]:
-    cores = cpu_count() or 1
+    cores = num_cores()
     # By name: an actor that sees little text would take PyTorch, and the more actors, the less each sees.
     backend = "torch" if find_spec("openvino") is None else "openvino"
     for each in dict.fromkeys((cores, 1)):
@@ -154,12 +169,12 @@ def _topologies(texts: TextSet) -> Iterator[Way]:
 
 def rounds(
     bench: Bench, sets: list[TextSet], ways: dict[str, list[Way]]
-) -> tuple[dict[str, dict[str, list[Row]]], list[dict[str, float]]]:
-    """Measure ways over sets of texts, round by round; return what was measured, and the peak in each round."""
+) -> tuple[dict[str, dict[str, list[Row]]], list[Found]]:
+    """Measure ways over sets of texts, round by round; return what was measured, and the rates of multiplications in each round."""
     measured: dict[str, dict[str, list[Row]]] = {name: {way.name: [] for way in own} for name, own in ways.items()}
-    peaks = []
+    peaks: list[Found] = []
     for number in range(bench.num_rounds):
-        peaks.append(bench.peak())
+        peaks += bench.attempt(f"round {number + 1}, {local_report.PEAK}", bench.peak, [])
         for texts in sets:
             own = ways[texts.name]
             first = number * len(own) // bench.num_rounds

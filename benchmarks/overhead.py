@@ -6,8 +6,8 @@ What the engine costs beside its model: `engine run` against a bare loop over th
 
 Both embed the same rows of real text with the same model class, settings and number of threads, each time in a fresh process.
 The loop reads the engine's own shards with the engine's own reader, calls the model, and forgets the vectors; the engine also
-carries them through Ray, writes them, syncs them and reads them back. Both count from the end of their first shard to the end
-of their last. Rounds alternate in the order engine, loop, loop, engine, so that a machine that slows down slows both.
+carries them through Ray, writes them, syncs them and reads them back. Both are counted as in `local.py`, without the first shard of
+an actor (`steady_state.py`). Rounds alternate in the order engine, loop, loop, engine, so that a machine that slows down slows both.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from rich.table import Table
 
 from benchmarks import corpus
 from benchmarks.local_texts import MODEL
-from benchmarks.measure import ROOT, environment, fresh
+from benchmarks.measure import exit_on_sigterm, fresh, seconds_of, started
+from benchmarks.steady_state import of_loops, of_output
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,12 +70,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             job["batch_size"] = options.batch_size
         rates = steady_state(folder, job, options.rounds)
         few = corpus.write(folder / "few.parquet", texts[:COLD_TEXTS])
-        starts = cold_starts(folder, job | {"source": few}, options.cold_starts)
+        starts, failure = [], ""
+        try:
+            starts = cold_starts(folder, job | {"source": few}, options.cold_starts)
+        except RuntimeError as error:  # which takes no rates with it
+            failure = f"cold starts failed: {error}"
     results = summary(rates, starts) | {"texts": options.texts, "rows": len(texts), "shards": options.shards}
     if options.json:
         print(json.dumps(results, indent=2))
     else:
         show(results)
+    sys.exit(failure or 0)
 
 
 def steady_state(folder: Path, job: dict[str, Any], num_rounds: int) -> dict[str, list[float]]:
@@ -90,18 +96,18 @@ def steady_state(folder: Path, job: dict[str, Any], num_rounds: int) -> dict[str
 
 
 def engine(job: dict[str, Any]) -> float:
-    """Run a job whole; return its rows per second after the first shard."""
+    """Run a job whole; return its rows per second in the steady state."""
     from engine import faces
 
-    return faces.run(progress=False, **job).rows_per_s
+    result = faces.run(progress=False, **job)
+    return of_output(job["output"], result.num_actors)[0]
 
 
 def loop(job: dict[str, Any]) -> float:
-    """Do what the actor of such a job does, and nothing else; return rows per second after the first shard."""
-    from benchmarks.bare_loop import BareLoop
+    """Do what the actors of such a job do, and nothing else; return rows per second in the steady state."""
+    from benchmarks.bare_loop import loops
 
-    done = [(len(answer.vectors), at) for answer, at in BareLoop(job).answers()]
-    return sum(count for count, _ in done[1:]) / (done[-1][1] - done[0][1])
+    return of_loops(loops(job))[0]
 
 
 def cold_starts(folder: Path, job: dict[str, Any], count: int) -> list[dict[str, float]]:
@@ -110,24 +116,15 @@ def cold_starts(folder: Path, job: dict[str, Any], count: int) -> list[dict[str,
     for number in range(count):
         output = folder / f"cold-{number}"
         began = time.perf_counter()
-        with subprocess.Popen(
-            [sys.executable, "-c", ENGINE_START, json.dumps(job | {"output": str(output)})],
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        ) as child:
+        command = [sys.executable, "-c", ENGINE_START, json.dumps(job | {"output": str(output)})]
+        with started(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
             while child.poll() is None and not list(output.glob("_engine/commits/*.json")):
                 time.sleep(0.01)
             engine_s = time.perf_counter() - began
             said = child.communicate()[0]
         if child.returncode:
-            raise SystemExit(f"the engine failed with {child.returncode} on {job}")
-        began = time.perf_counter()
-        name = MODEL.removeprefix("sentence-transformers:")
-        command = [sys.executable, "-c", LOOP_START, job["source"], name]
-        subprocess.run(command, cwd=ROOT, env=environment(), check=True, stderr=subprocess.DEVNULL)
-        loop_s = time.perf_counter() - began
+            raise RuntimeError(f"the engine failed with {child.returncode} on {job}")
+        loop_s = seconds_of("-c", LOOP_START, job["source"], MODEL.removeprefix("sentence-transformers:"))
         starts.append({"engine_s": engine_s, "start_s": float(said), "loop_s": loop_s})
         progress.print(f"cold start {number + 1}: engine {engine_s:.1f} s, encode {loop_s:.1f} s", style="dim")
     return starts
@@ -180,4 +177,5 @@ def show(results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     main()

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import peers, synthetic
-from benchmarks.measure import OutOfMemory, fresh
+from benchmarks.measure import OutOfMemory, exit_on_sigterm, fresh
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -210,4 +210,5 @@ def show(title: str, rows: list[Row]) -> None:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     main()

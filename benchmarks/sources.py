@@ -42,7 +42,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import MIB, ROOT, environment, fresh, status_bytes
+from benchmarks.measure import MIB, exit_on_sigterm, fresh, started, status_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
 NAMES = ("a.parquet", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.txt", "a.arrow", "a.ipc")
 BUCKET = "bench"
+NOT_READ = {"pyarrow": (".txt", ".txt.zst", ".csv.zst"), "ray": (".arrow", ".ipc")}
+"""Formats that peers do not read: pyarrow not a piece at a time by itself, Ray Data not at all."""
 ROWS_AT_ONCE = 20_000
 BIG_TEXT_BYTES = 10_000_000
 MODEL = {"model": "custom:benchmarks.models.ConstantModel", "model_args": {"dimension": 8}}
@@ -130,7 +132,7 @@ def compare(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
             if options.whole_job:
                 calls["job"] = "whole_job"
             for label, function in calls.items():
-                if function == "pyarrow" and not has_pyarrow(name):
+                if name.endswith(NOT_READ.get(function, ())):
                     continue
                 measured = fresh(
                     f"benchmarks.sources:{function}", source=source, watch_tree=function in ("ray", "whole_job")
@@ -239,11 +241,6 @@ def read(source: str) -> tuple[int, float]:
     return num_rows, time.process_time() - started
 
 
-def has_pyarrow(name: str) -> bool:
-    """Say whether pyarrow reads a format a piece at a time by itself."""
-    return not name.endswith((".txt", ".zst")) or name.endswith(".jsonl.zst")
-
-
 def pyarrow(source: str) -> tuple[int, float]:
     """Read text and id with pyarrow alone, a piece at a time where it can; return rows and seconds of CPU."""
     started = time.process_time()
@@ -279,10 +276,8 @@ def ray(source: str) -> tuple[int, float]:
         found = ray.data.read_json(source, lines=True, file_extensions=None)
     elif source.endswith(".csv"):
         found = ray.data.read_csv(source)
-    elif source.endswith(".txt"):
-        found = ray.data.read_text(source)
     else:
-        return -1, 0.0
+        found = ray.data.read_text(source)
     num_rows = sum(batch.num_rows for batch in found.iter_batches(batch_size=4096, batch_format="pyarrow"))
     return num_rows, time.perf_counter() - started
 
@@ -323,17 +318,17 @@ def giant(folder: Path, size_gb: float) -> dict[str, Any]:
     job = {"source": str(path), "output": str(out), "progress": False, "num_actors": 1, **MODEL}
     script = "import json, sys, engine; r = engine.run(**json.loads(sys.argv[1])); print(json.dumps([r.num_rows, r.num_rejects]))"
     command = [sys.executable, "-c", script, json.dumps(job)]
-    started = time.perf_counter()
-    child = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    began = time.perf_counter()
     samples: list[dict[str, Any]] = []
-    while child.poll() is None:
-        commits = out / "_engine/commits"
-        done = sum(1 for _ in os.scandir(commits)) if commits.exists() else 0
-        samples.append({"done": done, "s": round(time.perf_counter() - started, 1), "mib": memory_by_role(child.pid)})
-        time.sleep(1)
-    if child.returncode:
-        raise SystemExit(f"the run failed with {child.returncode}")
-    rows, rejects = json.loads(child.stdout.read()) if child.stdout else (0, 0)
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        while child.poll() is None:
+            commits = out / "_engine/commits"
+            done = sum(1 for _ in os.scandir(commits)) if commits.exists() else 0
+            samples.append({"done": done, "s": round(time.perf_counter() - began, 1), "mib": memory_by_role(child.pid)})
+            time.sleep(1)
+        if child.returncode:
+            raise SystemExit(f"the run failed with {child.returncode}")
+        rows, rejects = json.loads(child.stdout.read()) if child.stdout else (0, 0)
     if (rows, rejects) != (num_rows, 0):
         raise SystemExit(f"{rows} rows and {rejects} rejects instead of {num_rows}")
     return {"bytes": path.stat().st_size, "rows": num_rows, "s": samples[-1]["s"], "samples": samples}
@@ -406,4 +401,5 @@ def show_giant(results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     main()
