@@ -94,6 +94,7 @@ def run(config: JobConfig, on_event: OnEvent | None = None) -> RunResult:
         ProviderError: The model fails whatever the text.
     """
     tally = Tally()
+    settled = lease.settled(open_storage(config.output, is_single_writer=config.unsafe_single_writer))
     asked = survey(config)
     check_reuse(asked)
     _check_price(asked)
@@ -109,7 +110,7 @@ def run(config: JobConfig, on_event: OnEvent | None = None) -> RunResult:
         tally.done_before_rows = asked.standing.plan.done_rows
         return tally.result(asked)
     with lease.held(storage, config.if_in_use) as owned, history.recorded(storage) as entry:
-        if owned.was_contested:
+        if not owned.follows(settled):  # another run may have committed since, and the survey may have taken minutes
             asked = survey(config)
         in_memory.remember(storage, config.source)
         asked = _repaired(asked, tally)

@@ -7,8 +7,9 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pyarrow as pa
@@ -42,7 +43,11 @@ LEFTOVERS = {
     "inputs": ("_engine/inputs/{old}.parquet", "_engine/inputs/{old}.json"),
     "indexes": ("_engine/index/{old}.json.gz",),
 }
-OURS = (f"{RUNS}/20200101T000000-0a.json", "_engine/report.html", f"{LEASE}/00000002.json", f"{LEASE}/00000003.json")
+OURS = (
+    f"{RUNS}/20200101T000000-0a.json",
+    "_engine/report.html",
+    *(f"{LEASE}/{name}" for name in ("00000002.json", "00000003.json", "00000003.end")),
+)
 STRANGE = ("data/notes.txt", "data/part-mine.parquet", "_engine/mine/a.json", "readme.md", f"{LEASE}/mine")
 
 
@@ -356,6 +361,30 @@ def test_beside_a_live_run_nothing_is_deleted_and_all_is_shown(output, two_days_
     assert (output.out / "_engine/tmp/0a.staging").exists()
     assert main(["gc", str(output.out), "--apply", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["num_files"] == 1
+
+
+def test_what_a_run_names_that_ends_while_garbage_is_looked_for_stays(output, two_days_later, monkeypatch):
+    """The look began before, so it is taken again once the output is held."""
+    shard = output.shards["a.parquet"][0]
+    record = output.out / record_name(shard.id)
+    data = record.read_bytes()
+    record.unlink()
+    (output.source / "a.parquet").rename(output.source / "away")
+    with ExitStack() as run:
+        run.enter_context(held(open_storage(str(output.out)), "refuse"))
+
+        def end_meanwhile(storage: LocalStorage) -> list[Any]:
+            listed = list(ages(storage))
+            if not record.exists():
+                record.write_bytes(data)
+                (output.source / "away").rename(output.source / "a.parquet")
+                run.close()
+            return listed
+
+        ages = LocalStorage.ages
+        monkeypatch.setattr(LocalStorage, "ages", end_meanwhile)
+        engine.gc(output.out, apply=True, inputs_gone=True)
+    output.check()
 
 
 def die_after(num_deletions: int, out: str) -> None:
