@@ -116,8 +116,7 @@ def run(config: JobConfig, on_event: OnEvent | None = None) -> RunResult:
         asked = _repaired(asked, tally)
         if asked.standing.plan.pending:
             _stream(asked, tally, on_event or (lambda _: None), owned, entry)
-        if not asked.standing.is_recut or not asked.left():
-            tally.num_changed_inputs = switching.switch(asked.ledger, asked.standing, owned.check)
+        tally.num_changed_inputs = switching.switch_all(asked, owned.check)
         logger.info("embedding done: %d embeddings, %d rejects", tally.num_rows, tally.num_rejects)
         result = tally.result(asked)
         entry.ended(result)

@@ -47,6 +47,8 @@ class Standing:
     """A run died while some took the place of others."""
     last_switch: int = 0
     """Number of the last time that some did."""
+    committed: frozenset[str] = frozenset()
+    """All shards that had a record, and that no others had taken the place of."""
 
     @property
     def is_recut(self) -> bool:
@@ -55,6 +57,11 @@ class Standing:
         known, so all new ones take the place of the former at once.
         """
         return bool(self.former) and bool(self.former.keys() - {file.path for file in self.files})
+
+    @property
+    def known(self) -> frozenset[str]:
+        """All shards that may be committed without another run having done so since."""
+        return self.committed.union(shard.id for shard in self.plan.pending)
 
     @property
     def told(self) -> list[str]:
@@ -90,6 +97,10 @@ class Survey:
     def left(self) -> set[str]:
         """Return the ids of the shards that were pending and are not committed yet."""
         return {shard.id for shard in self.standing.plan.pending} - self.ledger.committed()
+
+    def holds(self) -> bool:
+        """Say whether the output has nothing but what was found and what was left to do: a run that was taken for dead may have gone on."""
+        return self.ledger.committed() <= self.standing.known
 
 
 def survey(config: JobConfig, inputs: Storage | None = None) -> Survey:
@@ -210,7 +221,16 @@ def _compare(ledger: Ledger, job: Job, inventory: Inventory, shapes: list[FileSh
     unrecorded = frozenset(pending & parts)
     is_switching = bool(shards.switches.open)
     return Standing(
-        todo, missing, lost, unrecorded, tuple(warnings), inventory.files, former, is_switching, shards.switches.last
+        todo,
+        missing,
+        lost,
+        unrecorded,
+        tuple(warnings),
+        inventory.files,
+        former,
+        is_switching,
+        shards.switches.last,
+        shards.committed,
     )
 
 
