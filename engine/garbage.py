@@ -232,7 +232,10 @@ class _Look:
         if len(paths) > num_there:
             return f"{len(paths)} of {count(len(paths) + num_there, 'input')} are gone, more than half: {sure}"
         for path in sorted(paths) if Path(self._job.base).is_absolute() else ():
-            folder = next((above for above in Path(self._job.base, path).parents if above.is_dir()), None)
+            steps = [at := Path(self._job.base, path), *at.parents]
+            if (link := next((step for step in steps if step.is_symlink() and not step.exists()), None)) is not None:
+                return f"the link {link} leads nowhere, as where a disk is not mounted: {sure}"
+            folder = next((above for above in at.parents if above.is_dir()), None)
             if folder is not None and next(folder.iterdir(), None) is None:
                 return f"the folder {folder} is empty, as where a disk is not mounted: {sure}"
         return ""

@@ -329,6 +329,19 @@ def test_inputs_that_look_like_those_of_a_lost_disk_are_taken_for_deleted_only_i
     output.check()
 
 
+def test_inputs_behind_a_link_that_leads_nowhere_are_not_taken_for_deleted(output, tmp_path, two_days_later):
+    """Its disk is not mounted; what the link lies in has other files."""
+    (tmp_path / "disk").mkdir()
+    (output.source / "deep").rename(tmp_path / "disk" / "mounted")
+    (output.source / "deep").symlink_to(tmp_path / "disk" / "mounted")
+    output.check()
+    (tmp_path / "disk" / "mounted").rename(tmp_path / "elsewhere")
+    held_back = engine.gc(output.out, apply=True)
+    assert not held_back.garbage
+    assert f"the link {output.source / 'deep'} leads nowhere" in held_back.lines()["kept"]
+    assert named(engine.gc(output.out, inputs_gone=True)) == output.names_of("deep/c.parquet")
+
+
 def test_no_link_is_followed(output, tmp_path, two_days_later):
     """Neither to a file nor to a folder; a record stays whose part is behind one."""
     (output.source / "b.parquet").unlink()
