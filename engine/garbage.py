@@ -145,7 +145,9 @@ class _Look:
     def delete(self, owned: Lease) -> None:
         """Delete the garbage: first records, so that none is ever there without its part, and parts last."""
         gone = (file for file in self.garbage.get("gone", ()) if file.folder == COMMITS)
-        costs.keep(self.ledger, sorted(shard_id for file in gone for shard_id in file.shard_ids))
+        unrecorded = (file for kind in ("unnamed", "held") for file in self.garbage.get(kind, ()))
+        paid = {shard_id for file in (*gone, *unrecorded) for shard_id in file.shard_ids}
+        costs.keep(self.ledger, sorted(paid))
         storage = self.ledger.storage
         names = sorted((file.name for files in self.garbage.values() for file in files), key=turn_of)
         for name, following in zip_longest(names, names[1:], fillvalue=""):

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from engine import costs
 from engine.errors import EngineError
 from engine.exchange import exchange
 from engine.places import DATA, HELD, former_name, held_name, part_name
@@ -120,9 +121,10 @@ def _due(ledger: Ledger, standing: Standing) -> Switch | None:
     if not drop and not add:
         return None
     recorded = ledger.records(sorted(drop & shards.committed))
-    costs = [record.usage.cost for record in recorded if record.usage.cost is not None]
+    paid = [record.usage.cost for record in recorded if record.usage.cost is not None]
+    costs.keep(ledger, sorted(drop - shards.committed))  # of parts without a record; the switch says that of the others
     number = shards.switches.last + 1
-    return Switch(number, frozenset(add), drop, files, sum(costs) if costs else None, utc_now())
+    return Switch(number, frozenset(add), drop, files, sum(paid) if paid else None, utc_now())
 
 
 def _file(shard_id: str) -> str:
