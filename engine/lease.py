@@ -123,7 +123,7 @@ class Lease:
             number += 1
             try:
                 self._storage.replace(_name(self.epoch, "beat"), str(number).encode())
-                if max(_epochs(self._storage)) > self.epoch:
+                if last_epoch(self._storage) > self.epoch:
                     self._lose()
                     return
             except (EngineError, OSError, ValueError) as error:  # of a disk that may be well again at the next beat
@@ -150,13 +150,18 @@ def held(storage: Storage, if_in_use: IfInUse) -> Iterator[Lease]:
         lease.release()
 
 
+def last_epoch(storage: Storage) -> int:
+    """Return the highest epoch, 0 if there is none: one listing."""
+    return max(_epochs(storage), default=0)
+
+
 def settled(storage: Storage) -> int | None:
     """
     Return the highest epoch if its holder cannot change the output any more, 0 if there is none; None if it may.
 
     To be asked before an output is looked at that is held only later; `Lease.follows` says then whether to look again.
     """
-    last = max(_epochs(storage), default=0)
+    last = last_epoch(storage)
     if not last or _read(storage, _name(last, "end")) is not None:
         return last
     holder = _holder(storage, last)
@@ -168,7 +173,7 @@ def _take(storage: Storage, if_in_use: IfInUse) -> Lease:
     me = (canonical_json(asdict(Holder.me())) + "\n").encode()
     is_told = False
     while True:
-        last = max(_epochs(storage), default=0)
+        last = last_epoch(storage)
         holder = _holder(storage, last)
         is_live = holder is not None and _is_live(storage, last, holder)
         if holder is not None and is_live and if_in_use != "take-over":

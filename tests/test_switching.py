@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import count
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, patch
@@ -22,15 +22,20 @@ import pytest
 
 import engine
 from engine import exchange, lease, places, runner, switching
+from engine.commits import Receipt
 from engine.config import JobConfig, load_config
 from engine.errors import EngineError, SourceChanged
 from engine.holder import Holder
 from engine.ledger import Ledger
 from engine.object_storage import ObjectStorage
+from engine.pipeline.parcel import Item, unpack_receipts
+from engine.pipeline.publish import Commits
 from engine.places import DATA, HELD, SUPERSEDED, held_name, part_name
 from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Shard, canonical_json
+from engine.sources import in_memory
 from engine.sources.formats import read_shards
 from engine.sources.rows import Selection
+from engine.sources.tables import tables_of
 from engine.sources.texts import texts_in
 from engine.storage import LocalStorage, open_storage
 from engine.survey import Survey, opened, stored_config, survey
@@ -490,6 +495,57 @@ def test_a_run_that_wakes_when_its_input_is_what_it_was_takes_nothing_out(job):
     job.check()
 
 
+def by_publisher(slow: Survey, epoch: int, at_hand: list[tuple[Shard, pa.Table]]) -> list[Receipt]:
+    """Commit as a publisher of the run that holds an epoch does."""
+    commits = Commits(slow.ledger, slow.job.fingerprint, epoch)
+    items = [Item(shard, table, usage=replace(USAGE, embed_s=next(SECONDS))) for shard, table in at_hand]
+    return [receipt for packed in unpack_receipts(commits.receipts(items)) for receipt in packed]
+
+
+@pytest.mark.parametrize("is_edited", [False, True])
+def test_a_run_that_wakes_after_others_have_ended_commits_only_rows_of_inputs_as_they_are(job, is_edited):
+    """There is no switch to go by: when its input was edited, no former rows were there."""
+    slow, at_hand = paused(job)
+    slow.ledger.set_aside(slow.standing.plan.pending[0].id)
+    with lease.held(slow.ledger.storage, "refuse") as former:
+        pass
+    if is_edited:
+        job.write("b.parquet", EDITED, 2 * 10**18)
+    assert run_beside(job.config) == ["b.parquet"] * 3
+    with pytest.raises(SourceChanged) if is_edited else nullcontext():
+        assert {receipt.outcome for receipt in by_publisher(slow, former.epoch, at_hand)} == {"present"}
+    job.check()
+
+
+def cut(job: Job, *sizes: int) -> JobConfig:
+    """Return the job of a Ray Dataset of the same rows each time, in blocks of so many."""
+    config = job.config.model_copy(update={"output": f"{job.out}-of-blocks"})
+    ends = list(accumulate(sizes))
+    blocks = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    tables = [{"id": [str(row) for row in block], "text": [f"text {row}" for row in block]} for block in blocks]
+    selection = Selection.of(config)
+    pieces = [piece for table in tables for piece in tables_of(table, selection)]
+    source = in_memory.stage(pieces, open_storage(config.output), selection, is_ordered=False)
+    return config.model_copy(update={"source": (source,)})
+
+
+@pytest.mark.parametrize("is_recut", [False, True])
+def test_a_run_that_wakes_after_its_dataset_was_cut_anew_commits_none_of_its_blocks(job, monkeypatch, is_recut):
+    """Their rows are in others, which nothing says of a block."""
+    monkeypatch.setattr(in_memory, "BLOCK_ROWS", 10)
+    slow = survey(cut(job, 10, 10, 10))
+    slow.ledger.claim(slow.job)
+    with lease.held(slow.ledger.storage, "refuse") as former:
+        in_memory.remember(slow.ledger.storage, slow.config.source)
+        at_hand = list(made(slow))
+        commit(slow, at_hand[:1])
+    run_beside(cut(job, 6, 12, 12) if is_recut else slow.config)
+    with pytest.raises(SourceChanged) if is_recut else nullcontext():
+        by_publisher(slow, former.epoch, at_hand[1:])
+    rows = {str(row): tuple(MODEL.vector(f"text {row}").tolist()) for row in range(30)}
+    check(slow.config.output, rows)
+
+
 class Meanwhile:
     """Somebody who does something once, as soon as a run has called a function of its own for the n-th time, or before that."""
 
@@ -504,8 +560,8 @@ class Meanwhile:
         return found
 
 
-def run_beside(job: Job) -> list[str]:
-    """Run the job by its public face, without Ray; return the paths of the shards that it embedded."""
+def run_beside(config: JobConfig) -> list[str]:
+    """Run a job, but for Ray; return the paths of the shards that it embedded."""
     embedded: list[str] = []
 
     def stream(asked: Survey, *_: Any) -> None:
@@ -513,7 +569,7 @@ def run_beside(job: Job) -> list[str]:
         publish(asked)
 
     with patch.object(runner, "_stream", stream):
-        engine.run(**named(job))
+        runner.run(config)
     return embedded
 
 
@@ -525,7 +581,7 @@ def test_former_rows_that_a_paused_run_commits_as_others_take_their_place_go_wit
     job.write(name, EDITED, 2 * 10**18)
     waking = Meanwhile(Ledger.shards, lambda: wake(slow, at_hand), number=number)
     with patch.object(Ledger, "shards", lambda ledger: waking(ledger)):
-        run_beside(job)
+        run_beside(job.config)
     job.check()
     came_in = set().union(*(found.add for found in since(open_storage(job.out), 0)))
     assert came_in.isdisjoint(shard.id for shard, _ in at_hand)
@@ -542,7 +598,7 @@ def test_rows_that_a_paused_run_commits_before_the_next_ends_go_although_none_of
     slow.ledger.set_aside(slow.standing.plan.pending[0].id)
     job.write("b.parquet", EDITED, 2 * 10**18)
     with patch.object(runner, "survey", Meanwhile(survey, lambda: wake(slow, at_hand))):
-        run_beside(job)
+        run_beside(job.config)
     job.check()
 
 
@@ -567,7 +623,7 @@ def test_what_another_run_commits_while_a_run_looks_around_is_seen(job, is_edite
         held.close()
 
     with patch.object(runner, "survey", Meanwhile(survey, end)):
-        assert run_beside(job) == ["b.parquet"] * (3 if is_edited else 1)
+        assert run_beside(job.config) == ["b.parquet"] * (3 if is_edited else 1)
     job.check()
 
 
@@ -582,7 +638,7 @@ def test_after_a_run_that_is_over_a_run_looks_around_once(job, has_left):
         storage.create(f"{lease.LEASE}/00000001.end", b"")
     job.write("b.parquet", OLD)
     with patch.object(runner, "survey", Mock(wraps=survey)) as looks:
-        run_beside(job)
+        run_beside(job.config)
     assert looks.call_count == 1
 
 
