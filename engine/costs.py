@@ -1,7 +1,7 @@
 """
 The costs of an output: the dollars that all of its runs together have spent, as far as it can tell.
 
-    OUT/_engine/costs/<hash>.json    what shards had cost whose records have been moved or deleted since
+    OUT/_engine/costs/<hash>.json    what shards had cost whose records have been moved or deleted since, or that never had one
 
 Such a file is created before the records go, and never written again. It says which parts it is of, so that a record that is
 there all the same, as its process died in between, is counted once; and so is one that two files name.
@@ -12,12 +12,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from engine import switches
 from engine.calibration import stored_calibration
 from engine.errors import CorruptOutput
+from engine.part import about_of
 from engine.records import READ_THREADS
 from engine.schema import canonical_json, content_hash
 
@@ -66,7 +71,7 @@ class Costs:
 
 
 def keep(records: Records, shard_ids: Iterable[str]) -> None:
-    """Keep what shards have cost whose records are about to be moved or deleted; call it before that."""
+    """Keep what shards have cost whose records, or parts without a record, are about to be moved or deleted; call it before that."""
     costs: dict[str, float] = {}
     with ThreadPoolExecutor(READ_THREADS) as pool:
         for found in pool.map(partial(_paid, records), shard_ids):
@@ -80,15 +85,29 @@ def keep(records: Records, shard_ids: Iterable[str]) -> None:
 
 
 def _paid(records: Records, shard_id: str) -> dict[str, float]:
-    """Return what a shard has cost, by its part; nothing if it was free. If its record cannot be read, its part tells."""
-    for read in (records.record, lambda shard_id: records.part(shard_id).record):
+    """Return what a shard has cost, by its part; nothing if it was free. If its record cannot be read, or there is none, its part tells."""
+    for read in (records.record, partial(_record_of_part, records)):
         try:
             record = read(shard_id)
         except CorruptOutput:
             continue
-        if record.shard_id == shard_id:
+        if record is not None and record.shard_id == shard_id:
             return {_part_of(record): record.usage.cost} if record.usage.cost else {}
     return {}
+
+
+def _record_of_part(records: Records, shard_id: str) -> CommitRecord | None:
+    """
+    Return what the record of a part is; None if it was free, as its footer says: then it is not read whole, since there may be very many.
+
+    Raises:
+        CorruptOutput: If it is missing or damaged.
+    """
+    unreadable = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError)
+    with suppress(*unreadable), records.open_part(shard_id) as file:
+        if not about_of(pq.read_schema(file))["usage"].get("cost"):
+            return None
+    return records.part(shard_id).record
 
 
 def _part_of(record: CommitRecord) -> str:

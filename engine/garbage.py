@@ -34,13 +34,7 @@ from engine.exchange import STAGES
 from engine.gc_result import Garbage, GcResult
 from engine.history import RUNS
 from engine.object_storage import PROBES
-from engine.output_files import (
-    ENGINE,
-    WHOLE,
-    File,
-    names_of,
-    turn_of,
-)
+from engine.output_files import ENGINE, WHOLE, File, names_of, turn_of
 from engine.places import COMMITS, DATA, HELD, REJECTS, SET_ASIDE, SUPERSEDED, held_name, part_name, rejects_name
 from engine.reuse import FOLDER as REUSE
 from engine.schema import canonical_json
@@ -48,7 +42,7 @@ from engine.sources import indexes
 from engine.sources.in_memory import CURRENT
 from engine.sources.inventory import is_there
 from engine.sources.opening import INPUTS
-from engine.storage import STAGING
+from engine.storage import STAGING, open_storage
 from engine.survey import resurvey
 from engine.wording import count
 
@@ -93,7 +87,7 @@ def gc(output: str, *, apply: bool = False, older_than_days: int = 1, inputs_gon
     if not apply or not found.garbage:
         return found.result(applied=False)
     with lease.held(found.ledger.storage, "refuse") as owned:
-        if owned.was_contested or owned.epoch != found.epoch + 1 or found.is_switching:  # a run was here since, or died
+        if not owned.follows(found.settled) or found.is_switching:  # a run was here since, or died
             switching.finish(found.ledger)
             again = _Look(output, older_than_days, inputs_gone=inputs_gone)
             again.keep_only(found)
@@ -113,6 +107,7 @@ class _Look:
     """
 
     def __init__(self, output: str, older_than_days: int, *, inputs_gone: bool) -> None:
+        self.settled = lease.settled(open_storage(output))
         self.ledger, self._job, self._standing, problem = resurvey(output)
         self._older_than_days = older_than_days
         self._warnings: list[str] = []
@@ -129,7 +124,7 @@ class _Look:
         self._below: dict[str, list[File]] = defaultdict(list)
         for file in self._files.values():
             self._below[file.folder].append(file)
-        self.epoch = max((file.epoch for file in self._below[lease.LEASE]), default=0)
+        self._epoch = max((file.epoch for file in self._below[lease.LEASE]), default=0)
         self._gone = self._find_gone(parts)
         self._doubt = "" if inputs_gone else self._find_doubt()
         self.garbage: dict[str, list[File]] = {}
@@ -150,7 +145,9 @@ class _Look:
     def delete(self, owned: Lease) -> None:
         """Delete the garbage: first records, so that none is ever there without its part, and parts last."""
         gone = (file for file in self.garbage.get("gone", ()) if file.folder == COMMITS)
-        costs.keep(self.ledger, sorted(shard_id for file in gone for shard_id in file.shard_ids))
+        unrecorded = (file for kind in ("unnamed", "held") for file in self.garbage.get(kind, ()))
+        paid = {shard_id for file in (*gone, *unrecorded) for shard_id in file.shard_ids}
+        costs.keep(self.ledger, sorted(paid))
         storage = self.ledger.storage
         names = sorted((file.name for files in self.garbage.values() for file in files), key=turn_of)
         for name, following in zip_longest(names, names[1:], fillvalue=""):
@@ -192,7 +189,7 @@ class _Look:
             "set-aside": self._below[SET_ASIDE],
             "staging": self._below[STAGING] + self._below[PROBES] + self._below[STAGES],
             "reuse": self._below[REUSE],
-            "leases": [file for file in self._below[lease.LEASE] if 0 < file.epoch < self.epoch - 1],
+            "leases": [file for file in self._below[lease.LEASE] if 0 < file.epoch < self._epoch - 1],
         }
         if self._standing is not None:
             gone = [self._files[name] for shard_id in self._gone for name in names_of(shard_id) if name in self._files]
@@ -237,7 +234,10 @@ class _Look:
         if len(paths) > num_there:
             return f"{len(paths)} of {count(len(paths) + num_there, 'input')} are gone, more than half: {sure}"
         for path in sorted(paths) if Path(self._job.base).is_absolute() else ():
-            folder = next((above for above in Path(self._job.base, path).parents if above.is_dir()), None)
+            steps = [at := Path(self._job.base, path), *at.parents]
+            if (link := next((step for step in steps if step.is_symlink() and not step.exists()), None)) is not None:
+                return f"the link {link} leads nowhere, as where a disk is not mounted: {sure}"
+            folder = next((above for above in at.parents if above.is_dir()), None)
             if folder is not None and next(folder.iterdir(), None) is None:
                 return f"the folder {folder} is empty, as where a disk is not mounted: {sure}"
         return ""

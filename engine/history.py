@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
-from engine.lease import user_name
+from engine.holder import user_name
 from engine.schema import canonical_json, utc_now
 from engine.version import __version__
 

@@ -13,25 +13,20 @@ nothing else.
 
 from __future__ import annotations
 
-import getpass
 import json
 import logging
 import os
-import platform
 import signal
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Literal
 
-import psutil
-
 from engine.errors import EngineError, OutputInUse
-from engine.schema import canonical_json, utc_now
+from engine.holder import Holder
+from engine.schema import canonical_json
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -47,8 +42,6 @@ LOST_S = 20.0
 POLL_S = 0.5
 LEAVING_S = 30.0
 """For which one that takes over waits for the other to leave: it finds out at its next beat, and commits what it has."""
-SAME_START_S = 2.0
-"""Two looks at when a process started may differ by this much: the machine's clock is set in between."""
 
 _held_here: set[tuple[str, int]] = set()
 """Roots and epochs that this process holds: an interrupt may have ended a run of it before it could say that it has left."""
@@ -56,50 +49,11 @@ _held_here: set[tuple[str, int]] = set()
 IfInUse = Literal["refuse", "wait", "take-over"]
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
-    """Who took an epoch."""
-
-    host: str
-    user: str
-    pid: int
-    process_started: float
-    """By the clock of its machine: a pid is used again after a while."""
-    place: str
-    """Of its pid: the boot of a machine, and the container in it."""
-    since: str
-
-    @classmethod
-    def me(cls) -> Holder:
-        """Describe this process."""
-        return cls(
-            host=platform.node(),
-            user=user_name(),
-            pid=os.getpid(),
-            process_started=psutil.Process().create_time(),
-            place=_place(),
-            since=utc_now(),
-        )
-
-    def is_running(self) -> bool | None:
-        """Say whether its process is, and is not held up (Ctrl-Z); None if it cannot be seen from here."""
-        if self.place != _place():
-            return None
-        try:
-            process = psutil.Process(self.pid)
-            is_same = abs(process.create_time() - self.process_started) < SAME_START_S
-            return is_same and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED)
-        except psutil.Error:
-            return False
-
-
 class Lease:
     """An output, held by this run until the end of `held`."""
 
-    def __init__(self, storage: Storage, epoch: int, *, was_contested: bool = False) -> None:
+    def __init__(self, storage: Storage, epoch: int) -> None:
         self.epoch = epoch
-        self.was_contested = was_contested
-        """Another run has held the output meanwhile, and may have changed it since it was looked at."""
         self.is_lost = False
         self._storage = storage
         self._done = threading.Event()
@@ -119,6 +73,10 @@ class Lease:
         self._thread.join(BEAT_S)
         with suppress(EngineError):  # a full disk; the next run finds out by itself
             self._storage.create(_name(self.epoch, "end"), b"")
+
+    def follows(self, epoch: int | None) -> bool:
+        """Say whether nobody has held the output since `settled` returned that: what was seen of it after that holds."""
+        return self.epoch - 1 == epoch
 
     def check(self) -> None:
         """
@@ -165,7 +123,7 @@ class Lease:
             number += 1
             try:
                 self._storage.replace(_name(self.epoch, "beat"), str(number).encode())
-                if max(_epochs(self._storage)) > self.epoch:
+                if last_epoch(self._storage) > self.epoch:
                     self._lose()
                     return
             except (EngineError, OSError, ValueError) as error:  # of a disk that may be well again at the next beat
@@ -192,20 +150,30 @@ def held(storage: Storage, if_in_use: IfInUse) -> Iterator[Lease]:
         lease.release()
 
 
-def user_name() -> str:
-    """Return who runs this process; empty if the system has no name for it, as in some containers."""
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):
-        return ""
+def last_epoch(storage: Storage) -> int:
+    """Return the highest epoch, 0 if there is none: one listing."""
+    return max(_epochs(storage), default=0)
+
+
+def settled(storage: Storage) -> int | None:
+    """
+    Return the highest epoch if its holder cannot change the output any more, 0 if there is none; None if it may.
+
+    To be asked before an output is looked at that is held only later; `Lease.follows` says then whether to look again.
+    """
+    last = last_epoch(storage)
+    if not last or _read(storage, _name(last, "end")) is not None:
+        return last
+    holder = _holder(storage, last)
+    return last if holder is not None and holder.is_gone() else None
 
 
 def _take(storage: Storage, if_in_use: IfInUse) -> Lease:
     """Take the next epoch, as soon as nobody holds the last one or it may be taken over."""
     me = (canonical_json(asdict(Holder.me())) + "\n").encode()
-    was_contested = False
+    is_told = False
     while True:
-        last = max(_epochs(storage), default=0)
+        last = last_epoch(storage)
         holder = _holder(storage, last)
         is_live = holder is not None and _is_live(storage, last, holder)
         if holder is not None and is_live and if_in_use != "take-over":
@@ -214,21 +182,19 @@ def _take(storage: Storage, if_in_use: IfInUse) -> Lease:
                 raise OutputInUse(
                     f"{who}: let it finish, or run this with --if-in-use wait, or take-over, which ends it cleanly"
                 )
-            if not was_contested:
+            if not is_told:
                 logger.warning("%s: waiting until it has left", who)
-            was_contested = True
+            is_told = True
             time.sleep(POLL_S)
             continue
         if not storage.create(_name(last + 1, "json"), me):
-            was_contested = True
             continue  # another one was quicker
         if holder is not None and is_live:
-            was_contested = True
             _await_leaving(storage, last, holder)
         for epoch in (epoch for epoch in _epochs(storage) if epoch < last):
             for kind in ("beat", "end", "json"):
                 storage.delete(_name(epoch, kind))
-        return Lease(storage, last + 1, was_contested=was_contested)
+        return Lease(storage, last + 1)
 
 
 def _is_live(storage: Storage, epoch: int, holder: Holder) -> bool:
@@ -281,12 +247,3 @@ def _read(storage: Storage, name: str) -> bytes | None:
         return storage.read(name)
     except FileNotFoundError:
         return None
-
-
-def _place() -> str:
-    """Name what a pid is one of: this boot of this machine, and the container in it."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}:{Path('/proc/self/ns/pid').readlink()}"
-    except OSError:  # no Linux
-        return f"{platform.node()}:{uuid.getnode():x}"

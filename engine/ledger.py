@@ -243,18 +243,19 @@ class Ledger(Records):
         return True
 
     def _leave_if_superseded(self, shard: Shard) -> None:
-        """Take out again what was published although another run has switched to another version of its file meanwhile."""
+        """Take out again what was published although other runs have switched to another version of its file meanwhile."""
         if self._last_switch is None:
             return
+        wanted = published = (shard.file.size, shard.file.version)
         for later in switches.since(self.storage, self._last_switch):
-            wanted = later.files.get(shard.file.path, (shard.file.size, shard.file.version))
-            if wanted != (shard.file.size, shard.file.version):
-                costs.keep(self, [shard.id])  # no switch says it
-                self.supersede([shard.id])
-                raise SourceChanged(
-                    f"{shard.file.location} changed, and another run has put its new rows into {self.root} meanwhile: "
-                    "this run has ended; run the same command again"
-                )
+            wanted = later.files.get(shard.file.path, wanted)  # the last word holds: the file may be what it was
+        if wanted != published:
+            costs.keep(self, [shard.id])  # no switch says it
+            self.supersede([shard.id])
+            raise SourceChanged(
+                f"{shard.file.location} changed, and another run has put its new rows into {self.root} meanwhile: "
+                "this run has ended; run the same command again"
+            )
 
     def _record(self, stored: Part, outcome: str) -> Receipt:
         """Create the rejects and the record of a part that is stored."""

@@ -94,6 +94,7 @@ def run(config: JobConfig, on_event: OnEvent | None = None) -> RunResult:
         ProviderError: The model fails whatever the text.
     """
     tally = Tally()
+    settled = lease.settled(open_storage(config.output, is_single_writer=config.unsafe_single_writer))
     asked = survey(config)
     check_reuse(asked)
     _check_price(asked)
@@ -109,13 +110,13 @@ def run(config: JobConfig, on_event: OnEvent | None = None) -> RunResult:
         tally.done_before_rows = asked.standing.plan.done_rows
         return tally.result(asked)
     with lease.held(storage, config.if_in_use) as owned, history.recorded(storage) as entry:
-        if owned.was_contested:
+        if not owned.follows(settled):  # another run may have committed since, and the survey may have taken minutes
             asked = survey(config)
         in_memory.remember(storage, config.source)
         asked = _repaired(asked, tally)
         if asked.standing.plan.pending:
             _stream(asked, tally, on_event or (lambda _: None), owned, entry)
-        tally.num_changed_inputs = switching.switch(asked.ledger, asked.standing, owned.check)
+        tally.num_changed_inputs = switching.switch_all(asked, owned.check)
         logger.info("embedding done: %d embeddings, %d rejects", tally.num_rows, tally.num_rejects)
         result = tally.result(asked)
         entry.ended(result)
@@ -212,7 +213,8 @@ def _stream(asked: Survey, tally: Tally, on_event: OnEvent, owned: Lease, entry:
             try:
                 work = _calibrated(asked, chosen, _work(asked, chosen, budget), tally, owned)
                 work = replace(work, reuse=reuse_index(asked))
-                stream = Stream(groups, work, asked.ledger, asked.job.fingerprint, chosen, asked.config.stall_s)
+                place = (asked.ledger, asked.job.fingerprint)
+                stream = Stream(groups, work, *place, chosen, owned.epoch, asked.config.stall_s)
                 with closing(stream.receipts()) as receipts:
                     for receipt in receipts:
                         owned.check()

@@ -54,6 +54,13 @@ class Standing:
     A source in memory is not what it was. Which rows of its former blocks are in which of the new ones is not known, so all new ones take the
     place of the former at once.
     """
+    committed: frozenset[str] = frozenset()
+    """All shards that had a record, and that no others had taken the place of."""
+
+    @property
+    def known(self) -> frozenset[str]:
+        """All shards that may be committed without another run having done so since."""
+        return self.committed.union(shard.id for shard in self.plan.pending)
 
     @property
     def told(self) -> list[str]:
@@ -89,6 +96,10 @@ class Survey:
     def left(self) -> set[str]:
         """Return the ids of the shards that were pending and are not committed yet."""
         return {shard.id for shard in self.standing.plan.pending} - self.ledger.committed()
+
+    def holds(self) -> bool:
+        """Say whether the output has nothing but what was found and what was left to do: a run that was taken for dead may have gone on."""
+        return self.ledger.committed() <= self.standing.known
 
 
 def survey(config: JobConfig, inputs: Storage | None = None) -> Survey:
@@ -214,6 +225,7 @@ def _compare(ledger: Ledger, job: Job, inventory: Inventory, shapes: list[FileSh
         last_switch=shards.switches.last,
         is_waiting=not shards.held <= todo.unknown,
         is_recut=inventory.base == MEMORY and bool(former),
+        committed=shards.committed,
     )
 
 

@@ -13,18 +13,47 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from engine import costs
 from engine.errors import EngineError
 from engine.exchange import exchange
 from engine.places import DATA, HELD, former_name, held_name, part_name
 from engine.schema import utc_now
+from engine.survey import survey
 from engine.switches import Switch, Switches
 from engine.wording import count
 
 if TYPE_CHECKING:
     from engine.ledger import Ledger
-    from engine.survey import Standing
+    from engine.survey import Standing, Survey
 
 logger = logging.getLogger(__name__)
+
+
+def switch_all(asked: Survey, still_ours: Callable[[], None]) -> int:
+    """
+    Let all new rows of changed inputs take the place of the former ones that may, whoever else commits meanwhile.
+
+    A run that was taken for dead may wake and commit rows of a former version. If it sees the switch after that, it takes them out. If it
+    does not, they are there before the output is looked at here once more, after the switch.
+
+    Args:
+        asked: What the run went by.
+        still_ours: Raises if the output is not this run's any more.
+
+    Returns:
+        How many inputs that was.
+
+    Raises:
+        EngineError: If another run switches at the same time.
+    """
+    num_inputs = 0
+    while True:
+        if not asked.holds():
+            asked = survey(asked.config)
+        num_switched = switch(asked.ledger, asked.standing, still_ours)
+        if not num_switched:
+            return num_inputs
+        num_inputs += num_switched
 
 
 def switch(ledger: Ledger, standing: Standing, still_ours: Callable[[], None]) -> int:
@@ -84,16 +113,17 @@ def _due(ledger: Ledger, standing: Standing) -> Switch | None:
         drop &= shards.committed | ledger.part_ids()  # a part that a dead run left without a record goes too
     files = {file.path: (file.size, file.version) for file in standing.files if file.path in ready}
     add = set()
-    for record in ledger.records(sorted(shards.held - standing.plan.unknown)):
+    for record in ledger.records(sorted(shards.held & standing.known - standing.plan.unknown)):
         if record.path not in pending:
             add.add(record.shard_id)
             files[record.path] = (record.size, record.version)
     if not drop and not add:
         return None
     recorded = ledger.records(sorted(drop & shards.committed))
-    costs = [record.usage.cost for record in recorded if record.usage.cost is not None]
+    paid = [record.usage.cost for record in recorded if record.usage.cost is not None]
+    costs.keep(ledger, sorted(drop - shards.committed))  # of parts without a record; the switch says that of the others
     number = shards.switches.last + 1
-    return Switch(number, frozenset(add), drop, files, sum(costs) if costs else None, utc_now())
+    return Switch(number, frozenset(add), drop, files, sum(paid) if paid else None, utc_now())
 
 
 def _file(shard_id: str) -> str:

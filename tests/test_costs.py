@@ -12,13 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 
 import engine
+from engine import switching
 from engine.costs import COSTS
 from engine.errors import CorruptOutput, SourceChanged
-from engine.ledger import part_name, record_name
+from engine.ledger import Ledger, part_name, record_name
+from engine.records import Records
 from engine.schema import Shard, utc_now
 from engine.storage import LocalStorage, open_storage
 from engine.survey import survey
-from engine.switches import Switch
+from engine.switches import SWITCHES, Switch
 from tests.builders import USAGE, make_rejects, make_table
 from tests.object_stores import BUCKET, serving
 from tests.test_garbage import Output, later
@@ -146,6 +148,61 @@ def test_one_that_dies_while_a_shard_is_set_aside_neither_forgets_nor_doubles_it
     assert cost(output.out) == pytest.approx(ALL)
     asked.ledger.adopt(shard, asked.job.fingerprint)
     assert cost(output.out) == pytest.approx(ALL)
+
+
+def die_before_the_record(output: Output, name: str) -> None:
+    """Write an input of one shard, and let a run die between its part, of 24 cents, and its record."""
+    write(output, name, "first")
+    (shard,) = survey(output.config).standing.plan.pending
+    with patch.object(Ledger, "_record", side_effect=InterruptedError), pytest.raises(InterruptedError):
+        again(output, shard)
+
+
+def write(output: Output, name: str, word: str) -> None:
+    pq.write_table(pa.table({"id": range(20), "text": [f"{word} {row}" for row in range(20)]}), output.source / name)
+
+
+def test_a_part_without_a_record_whose_input_changes_has_cost_what_it_cost(output):
+    """It is switched out, and counted once also if the run dies that writes the switch."""
+    die_before_the_record(output, "new.parquet")
+    write(output, "new.parquet", "second, longer")
+    (shard,) = survey(output.config).standing.plan.pending
+    again(output, shard)
+    create = LocalStorage.create
+
+    def dying(storage, name, data):
+        if name.startswith(SWITCHES):
+            raise InterruptedError
+        return create(storage, name, data)
+
+    with patch.object(LocalStorage, "create", dying), pytest.raises(InterruptedError):
+        switching.switch_all(survey(output.config), lambda: None)
+    assert cost(output.out) == pytest.approx(ALL + 2 * 0.24)
+    assert switching.switch_all(survey(output.config), lambda: None) == 1
+    assert cost(output.out) == pytest.approx(ALL + 2 * 0.24)
+    output.check()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("new.parquet", "unnamed"), ("a.parquet", "held")])
+def test_a_part_without_a_record_that_gc_deletes_has_cost_what_it_cost(output, name, kind):
+    """Whether readers saw it, or it waited to take the place of others."""
+    die_before_the_record(output, name)
+    (output.source / name).unlink()
+    with later():
+        assert kind in {garbage.kind for garbage in engine.gc(output.out, apply=True).garbage}
+    assert cost(output.out) == pytest.approx(ALL + 0.24)
+    output.check()
+
+
+def test_free_parts_without_a_record_are_not_read_whole_to_be_deleted(tmp_path, monkeypatch):
+    """There may be very many, and their footers say that they were free."""
+    output = Output(tmp_path)
+    for shard in output.shards["a.parquet"]:
+        (output.out / record_name(shard.id)).unlink()
+    (output.source / "a.parquet").unlink()
+    monkeypatch.setattr(Records, "part", None)
+    with later():
+        assert "unnamed" in {garbage.kind for garbage in engine.gc(output.out, apply=True).garbage}
 
 
 def test_what_another_run_has_superseded_before_it_was_committed_has_cost_all_the_same(output):

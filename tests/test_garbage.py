@@ -7,8 +7,9 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pyarrow as pa
@@ -42,7 +43,11 @@ LEFTOVERS = {
     "inputs": ("_engine/inputs/{old}.parquet", "_engine/inputs/{old}.json"),
     "indexes": ("_engine/index/{old}.json.gz",),
 }
-OURS = (f"{RUNS}/20200101T000000-0a.json", "_engine/report.html", f"{LEASE}/00000002.json", f"{LEASE}/00000003.json")
+OURS = (
+    f"{RUNS}/20200101T000000-0a.json",
+    "_engine/report.html",
+    *(f"{LEASE}/{name}" for name in ("00000002.json", "00000003.json", "00000003.end")),
+)
 STRANGE = ("data/notes.txt", "data/part-mine.parquet", "_engine/mine/a.json", "readme.md", f"{LEASE}/mine")
 
 
@@ -324,6 +329,19 @@ def test_inputs_that_look_like_those_of_a_lost_disk_are_taken_for_deleted_only_i
     output.check()
 
 
+def test_inputs_behind_a_link_that_leads_nowhere_are_not_taken_for_deleted(output, tmp_path, two_days_later):
+    """Its disk is not mounted; what the link lies in has other files."""
+    (tmp_path / "disk").mkdir()
+    (output.source / "deep").rename(tmp_path / "disk" / "mounted")
+    (output.source / "deep").symlink_to(tmp_path / "disk" / "mounted")
+    output.check()
+    (tmp_path / "disk" / "mounted").rename(tmp_path / "elsewhere")
+    held_back = engine.gc(output.out, apply=True)
+    assert not held_back.garbage
+    assert f"the link {output.source / 'deep'} leads nowhere" in held_back.lines()["kept"]
+    assert named(engine.gc(output.out, inputs_gone=True)) == output.names_of("deep/c.parquet")
+
+
 def test_no_link_is_followed(output, tmp_path, two_days_later):
     """Neither to a file nor to a folder; a record stays whose part is behind one."""
     (output.source / "b.parquet").unlink()
@@ -356,6 +374,30 @@ def test_beside_a_live_run_nothing_is_deleted_and_all_is_shown(output, two_days_
     assert (output.out / "_engine/tmp/0a.staging").exists()
     assert main(["gc", str(output.out), "--apply", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["num_files"] == 1
+
+
+def test_what_a_run_names_that_ends_while_garbage_is_looked_for_stays(output, two_days_later, monkeypatch):
+    """The look began before, so it is taken again once the output is held."""
+    shard = output.shards["a.parquet"][0]
+    record = output.out / record_name(shard.id)
+    data = record.read_bytes()
+    record.unlink()
+    (output.source / "a.parquet").rename(output.source / "away")
+    with ExitStack() as run:
+        run.enter_context(held(open_storage(str(output.out)), "refuse"))
+
+        def end_meanwhile(storage: LocalStorage) -> list[Any]:
+            listed = list(ages(storage))
+            if not record.exists():
+                record.write_bytes(data)
+                (output.source / "away").rename(output.source / "a.parquet")
+                run.close()
+            return listed
+
+        ages = LocalStorage.ages
+        monkeypatch.setattr(LocalStorage, "ages", end_meanwhile)
+        engine.gc(output.out, apply=True, inputs_gone=True)
+    output.check()
 
 
 def die_after(num_deletions: int, out: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import asdict, replace
@@ -16,7 +17,8 @@ import pytest
 
 from engine import lease
 from engine.errors import OutputInUse
-from engine.lease import LEASE, Holder, Lease, held
+from engine.holder import Holder
+from engine.lease import LEASE, Lease, held, settled
 from engine.storage import LocalStorage
 from tests.builders import PROCESSES, Started
 from tests.kills import wait_until
@@ -74,9 +76,10 @@ def test_beside_a_live_run_another_one_is_refused_and_told_who_it_is(storage, ot
 def test_a_run_that_waits_begins_when_the_other_has_left(storage, other):
     """And knows that the output has changed meanwhile."""
     process, line = other
+    before = settled(storage)
     threading.Timer(1.0, line.send, ("leave",)).start()
     with held(storage, "wait") as mine:
-        assert mine.was_contested
+        assert not mine.follows(before)
     process.join(60)
     assert process.exitcode == 0
 
@@ -94,12 +97,64 @@ def test_a_dead_or_suspended_holder_on_this_machine_costs_no_wait(storage, other
         assert mine.epoch == 2
 
 
-def test_a_pid_that_is_used_again_is_not_the_holder(storage):
-    """A live process of that number that started at another time is somebody else."""
-    holder = replace(Holder.me(), process_started=1.0)
+@pytest.mark.parametrize("other", [{"started_s": -9.0}, {"started_s": None, "process_started": 1.0}])
+def test_a_pid_that_is_used_again_is_not_the_holder(storage, other):
+    """A live process of that number that started at another time is somebody else; in leases of former engines too."""
+    holder = replace(Holder.me(), **other)
     storage.create(f"{LEASE}/00000001.json", json.dumps(asdict(holder)).encode())
     with held(storage, "refuse") as mine:
         assert mine.epoch == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system notes when a process started, once")
+@pytest.mark.parametrize("step_s", [-3600.0, 10.0])
+def test_a_live_run_stays_one_when_the_clock_of_its_machine_is_set(storage, other, step_s, monkeypatch):
+    """A machine that was suspended, or asks a time server for the first time."""
+    boot_time = psutil._pslinux.boot_time
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: boot_time() + step_s)
+    with pytest.raises(OutputInUse), held(storage, "refuse"):
+        pass
+
+
+def test_a_live_run_of_a_former_engine_is_one(storage, other):
+    """Its lease says when its process started by the clock alone."""
+    path = Path(storage.root, LEASE, "00000001.json")
+    fields = json.loads(path.read_text())
+    del fields["started_s"]
+    path.write_text(json.dumps(fields))
+    with pytest.raises(OutputInUse), held(storage, "refuse"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("end", "is_settled"),
+    [
+        (lambda process, line: line.send("leave"), True),
+        (lambda process, line: process.kill(), True),
+        (lambda process, line: os.kill(process.pid, signal.SIGSTOP), False),
+        (lambda process, line: None, False),
+    ],
+    ids=["left", "killed", "suspended", "live"],
+)
+def test_what_is_seen_of_an_output_holds_if_its_last_run_was_over_and_none_came_since(storage, other, end, is_settled):
+    """One that is only held up may go on; of one elsewhere nobody knows."""
+    process, line = other
+    end(process, line)
+    if is_settled:
+        process.join(60)
+    before = settled(storage)
+    assert before == (1 if is_settled else None)
+    process.kill()
+    process.join(60)
+    with held(storage, "refuse") as mine:
+        assert mine.follows(before) == is_settled
+    with held(storage, "refuse") as mine:
+        assert not mine.follows(before)
+
+
+def test_of_a_holder_elsewhere_that_has_not_left_nobody_knows_whether_it_is_over(storage, elsewhere):
+    """And nothing is waited for to find out."""
+    assert settled(storage) is None
 
 
 def test_a_run_of_this_process_that_was_cut_off_holds_nothing(storage):
@@ -144,8 +199,9 @@ def test_a_run_that_is_taken_over_is_interrupted_and_told(storage, monkeypatch):
     done = threading.Event()
 
     def take_over() -> None:
+        before = settled(storage)
         with held(LocalStorage(storage.root), "take-over") as mine:
-            assert mine.was_contested
+            assert not mine.follows(before)
             done.set()
 
     with held(storage, "refuse") as mine:
@@ -192,9 +248,10 @@ def test_of_many_that_try_at_once_one_holds_the_output(storage):
 def test_what_former_runs_left_is_cleaned_up(storage):
     """Ten runs leave the files of two."""
     for number in range(10):
+        before = settled(storage)
         with held(storage, "refuse") as mine:
             assert mine.epoch == number + 1
-            assert not mine.was_contested
+            assert mine.follows(before)
     assert {path.name.partition(".")[0] for path in Path(storage.root, LEASE).iterdir()} == {"00000009", "00000010"}
 
 

@@ -6,12 +6,13 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from itertools import count, pairwise
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import accumulate, count, pairwise
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +21,17 @@ import pyarrow.parquet as pq
 import pytest
 
 import engine
-from engine import exchange, lease, places, switching
+from engine import exchange, lease, places, runner, switching
+from engine.commits import Receipt
 from engine.config import JobConfig, load_config
 from engine.errors import EngineError, OutputInUse, SourceChanged
+from engine.holder import Holder
 from engine.ledger import Ledger
 from engine.object_storage import ObjectStorage
+from engine.pipeline.parcel import Item, unpack_receipts
+from engine.pipeline.publish import Commits
 from engine.places import DATA, HELD, SUPERSEDED, held_name, part_name
-from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH
+from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Shard, canonical_json
 from engine.sources import in_memory
 from engine.sources.formats import read_shards
 from engine.sources.rows import Selection
@@ -34,9 +39,9 @@ from engine.sources.tables import tables_of
 from engine.sources.texts import texts_in
 from engine.storage import LocalStorage, open_storage
 from engine.survey import Survey, opened, stored_config, survey
-from engine.switches import Switches
+from engine.switches import Switches, since
 from engine.text_hashes import text_hashes
-from tests.builders import USAGE, killed_at_each_call, vectors_type
+from tests.builders import USAGE, Started, killed_at_each_call, vectors_type
 from tests.models import HashModel
 from tests.object_stores import BUCKET, serving
 
@@ -95,18 +100,27 @@ def embed(config: JobConfig, most: int | None = None, *, last_first: bool = Fals
     in_memory.remember(asked.ledger.storage, config.source)
     switching.finish(asked.ledger)
     publish(asked, most, last_first=last_first)
-    switching.switch(asked.ledger, asked.standing, lambda: None)
+    switching.switch_all(asked, lambda: None)
     return asked
 
 
 def publish(asked: Survey, most: int | None = None, *, last_first: bool = False) -> None:
+    commit(asked, made(asked, most, last_first=last_first))
+
+
+def made(asked: Survey, most: int | None = None, *, last_first: bool = False) -> Iterator[tuple[Shard, pa.Table]]:
+    """Yield pending shards with their vectors, as they are before they are committed."""
     for shard in asked.standing.plan.pending[:: -1 if last_first else 1][:most]:
         rows = next(read_shards([shard], Selection.of(asked.config, asked.job.kept_types)))
         texts = texts_in(rows)[0]
         vectors = np.stack([MODEL.vector(text) for text in texts])
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=vectors_type(vectors.shape[1]))
         columns = {"id": rows.table["id"], EMBEDDING: column, TEXT_HASH: text_hashes(texts)}
-        table = pa.table(columns | {SOURCE_ROW: rows.table[SOURCE_ROW]})
+        yield shard, pa.table(columns | {SOURCE_ROW: rows.table[SOURCE_ROW]})
+
+
+def commit(asked: Survey, shards: Iterable[tuple[Shard, pa.Table]]) -> None:
+    for shard, table in shards:
         usage = replace(USAGE, embed_s=next(SECONDS))
         asked.ledger.publish(table, shard=shard, fingerprint=asked.job.fingerprint, rejects=[], usage=usage)
 
@@ -588,6 +602,173 @@ def test_a_run_beside_one_that_switches_finds_the_output_in_use(job):
         engine.run(progress=False, **named(job))
     assert len(names) > 4
     job.check()
+
+
+def paused(job: Job, name: str = "b.parquet") -> tuple[Survey, list[tuple[Shard, pa.Table]]]:
+    """Let a run over an input commit a shard of it and be held up, with the vectors of the others at hand."""
+    job.write(name, ["new", *OLD[1:]], 10**18)
+    asked = survey(job.config)
+    at_hand = list(made(asked))
+    commit(asked, at_hand[:1])
+    return asked, at_hand[1:]
+
+
+def test_a_run_that_wakes_when_its_input_is_what_it_was_takes_nothing_out(job):
+    """Others have switched to another version of it and back: the last word holds, and these rows are in the output."""
+    slow, at_hand = paused(job)
+    job.write("b.parquet", EDITED, 2 * 10**18)
+    embed(job.config)
+    job.write("b.parquet", ["new", *OLD[1:]], 10**18)
+    embed(job.config)
+    commit(slow, at_hand)
+    job.check()
+
+
+def by_publisher(slow: Survey, epoch: int, at_hand: list[tuple[Shard, pa.Table]]) -> list[Receipt]:
+    """Commit as a publisher of the run that holds an epoch does."""
+    commits = Commits(slow.ledger, slow.job.fingerprint, epoch)
+    items = [Item(shard, table, usage=replace(USAGE, embed_s=next(SECONDS))) for shard, table in at_hand]
+    return [receipt for packed in unpack_receipts(commits.receipts(items)) for receipt in packed]
+
+
+@pytest.mark.parametrize("is_edited", [False, True])
+def test_a_run_that_wakes_after_others_have_ended_commits_only_rows_of_inputs_as_they_are(job, is_edited):
+    """There is no switch to go by: when its input was edited, no former rows were there."""
+    slow, at_hand = paused(job)
+    slow.ledger.set_aside(slow.standing.plan.pending[0].id)
+    with lease.held(slow.ledger.storage, "refuse") as former:
+        pass
+    if is_edited:
+        job.write("b.parquet", EDITED, 2 * 10**18)
+    assert run_beside(job.config) == ["b.parquet"] * 3
+    with pytest.raises(SourceChanged) if is_edited else nullcontext():
+        assert {receipt.outcome for receipt in by_publisher(slow, former.epoch, at_hand)} == {"present"}
+    job.check()
+
+
+def cut(job: Job, *sizes: int) -> JobConfig:
+    """Return the job of a Ray Dataset of the same rows each time, in blocks of so many."""
+    config = job.config.model_copy(update={"output": f"{job.out}-of-blocks"})
+    ends = list(accumulate(sizes))
+    blocks = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    tables = [{"id": [str(row) for row in block], "text": [f"text {row}" for row in block]} for block in blocks]
+    selection = Selection.of(config)
+    pieces = [piece for table in tables for piece in tables_of(table, selection)]
+    source = in_memory.stage(pieces, open_storage(config.output), selection, is_ordered=False)
+    return config.model_copy(update={"source": (source,)})
+
+
+@pytest.mark.parametrize("is_recut", [False, True])
+def test_a_run_that_wakes_after_its_dataset_was_cut_anew_commits_none_of_its_blocks(job, monkeypatch, is_recut):
+    """Their rows are in others, which nothing says of a block."""
+    monkeypatch.setattr(in_memory, "BLOCK_ROWS", 10)
+    slow = survey(cut(job, 10, 10, 10))
+    slow.ledger.claim(slow.job)
+    with lease.held(slow.ledger.storage, "refuse") as former:
+        in_memory.remember(slow.ledger.storage, slow.config.source)
+        at_hand = list(made(slow))
+        commit(slow, at_hand[:1])
+    run_beside(cut(job, 6, 12, 12) if is_recut else slow.config)
+    with pytest.raises(SourceChanged) if is_recut else nullcontext():
+        by_publisher(slow, former.epoch, at_hand[1:])
+    rows = {str(row): tuple(MODEL.vector(f"text {row}").tolist()) for row in range(30)}
+    check(slow.config.output, rows)
+
+
+class Meanwhile:
+    """Somebody who does something once, as soon as a run has called a function of its own for the n-th time, or before that."""
+
+    def __init__(self, original: Callable[..., Any], act: Callable[[], None], *, number: int = 1) -> None:
+        self._original, self._act, self._left = original, act, number
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found = self._original(*args, **kwargs)
+        self._left -= 1
+        if not self._left:
+            self._act()
+        return found
+
+
+def run_beside(config: JobConfig) -> list[str]:
+    """Run a job, but for Ray; return the paths of the shards that it embedded."""
+    embedded: list[str] = []
+
+    def stream(asked: Survey, *_: Any) -> None:
+        embedded.extend(shard.file.path for shard in asked.standing.plan.pending)
+        publish(asked)
+
+    with patch.object(runner, "_stream", stream):
+        runner.run(config)
+    return embedded
+
+
+@pytest.mark.parametrize("name", ["b.parquet", "a.parquet"], ids=["seen", "held"])
+@pytest.mark.parametrize("number", range(1, 6))
+def test_former_rows_that_a_paused_run_commits_as_others_take_their_place_go_with_them(job, number, name):
+    """Whatever listing of the records it comes after: it finds the switch, or the run that switches finds its rows."""
+    slow, at_hand = paused(job, name)
+    job.write(name, EDITED, 2 * 10**18)
+    waking = Meanwhile(Ledger.shards, lambda: wake(slow, at_hand), number=number)
+    with patch.object(Ledger, "shards", lambda ledger: waking(ledger)):
+        run_beside(job.config)
+    job.check()
+    came_in = set().union(*(found.add for found in since(open_storage(job.out), 0)))
+    assert came_in.isdisjoint(shard.id for shard, _ in at_hand)
+
+
+def wake(slow: Survey, at_hand: list[tuple[Shard, pa.Table]]) -> None:
+    with suppress(SourceChanged):
+        commit(slow, at_hand)
+
+
+def test_rows_that_a_paused_run_commits_before_the_next_ends_go_although_none_of_that_input_were_there(job):
+    """The next run had nothing to switch, and finds that it has."""
+    slow, at_hand = paused(job)
+    slow.ledger.set_aside(slow.standing.plan.pending[0].id)
+    job.write("b.parquet", EDITED, 2 * 10**18)
+    with patch.object(runner, "survey", Meanwhile(survey, lambda: wake(slow, at_hand))):
+        run_beside(job.config)
+    job.check()
+
+
+@pytest.mark.parametrize("is_edited", [False, True])
+@pytest.mark.parametrize("has_begun", [False, True], ids=["begins meanwhile", "ends meanwhile"])
+def test_what_another_run_commits_while_a_run_looks_around_is_seen(job, is_edited, has_begun):
+    """It is not embedded a second time, and what is no longer so is switched out: the lease is free, and still the look is too old."""
+    job.write("b.parquet", OLD, 10**18)
+    other = survey(job.config)
+    at_hand = list(made(other))
+    if is_edited:
+        job.write("b.parquet", EDITED, 2 * 10**18)
+    held = ExitStack()
+    hold = partial(held.enter_context, lease.held(open_storage(job.out), "refuse"))
+    if has_begun:
+        hold()
+
+    def end() -> None:
+        if not has_begun:
+            hold()
+        commit(other, at_hand[:2])
+        held.close()
+
+    with patch.object(runner, "survey", Meanwhile(survey, end)):
+        assert run_beside(job.config) == ["b.parquet"] * (3 if is_edited else 1)
+    job.check()
+
+
+@pytest.mark.parametrize("has_left", [True, False])
+def test_after_a_run_that_is_over_a_run_looks_around_once(job, has_left):
+    """That may take minutes: whether it has left, or is gone from this machine without a word."""
+    pid = os.getpid() if has_left else Started(os.getpid).result()
+    holder = replace(Holder.me(), pid=pid)
+    storage = open_storage(job.out)
+    storage.create(f"{lease.LEASE}/00000001.json", canonical_json(asdict(holder)).encode())
+    if has_left:
+        storage.create(f"{lease.LEASE}/00000001.end", b"")
+    job.write("b.parquet", OLD)
+    with patch.object(runner, "survey", Mock(wraps=survey)) as looks:
+        run_beside(job.config)
+    assert looks.call_count == 1
 
 
 def test_of_two_that_switch_at_once_one_is_told(job):

@@ -8,20 +8,32 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from engine.commits import Receipt
-from engine.errors import Refused
+from engine.errors import Refused, SourceChanged
+from engine.lease import last_epoch
 from engine.ledger import Ledger
 from engine.pipeline.parcel import Item, pack_receipts, unpack
+from engine.schema import InputFile
+from engine.sources import in_memory
+from engine.sources.opening import MEMORY, check_unchanged, is_staged
 
 NICENESS = 10
 """A publisher has time; the models' threads, which wait for each other, have not."""
 
 
 class Commits:
-    """Commits parcels of a job, from any number of threads."""
+    """
+    Commits parcels of a job, from any number of threads.
 
-    def __init__(self, ledger: Ledger, fingerprint: str) -> None:
+    Args:
+        ledger: Of the output, as the run found it.
+        fingerprint: Of the job.
+        epoch: Of the run's lease; None if it has none.
+    """
+
+    def __init__(self, ledger: Ledger, fingerprint: str, epoch: int | None = None) -> None:
         self._ledger = ledger
         self._fingerprint = fingerprint
+        self._epoch = epoch
         self._is_checked = False
 
     def receipts(self, items: Sequence[Item]) -> pa.Table:
@@ -32,6 +44,7 @@ class Commits:
     def _receipt(self, item: Item) -> Receipt:
         if item.is_left:
             return Receipt.left(item.shard)
+        self._check_source(item.shard.file)
         return self._ledger.publish(
             item.table,
             shard=item.shard,
@@ -40,6 +53,25 @@ class Commits:
             usage=item.usage,
             vectors=item.vectors,
         )
+
+    def _check_source(self, file: InputFile) -> None:
+        """
+        Make sure that an input still is what it was, if another run has held the output since: it may have ended before this one woke, and
+        knew only what the input is now.
+
+        Raises:
+            SourceError: If it is gone.
+            SourceChanged: If it is not, or is a block of another source in memory than the output's.
+        """
+        storage = self._ledger.storage
+        if self._epoch is None or last_epoch(storage) <= self._epoch:
+            return
+        check_unchanged(file)
+        if is_staged(file) and file not in in_memory.listed((MEMORY,), storage).files:
+            raise SourceChanged(
+                f"another run has given {self._ledger.root} another source in memory meanwhile: this run has ended, and what was "
+                "committed is kept"
+            )
 
     def _check_place(self) -> None:
         """Make sure, once, that the output here is the driver's: the same path on another machine may be another disk."""
@@ -62,8 +94,8 @@ class Publisher:
     second of CPU to start (`docs/decisions/0005-publishers-are-actors.md`).
     """
 
-    def __init__(self, ledger: Ledger, fingerprint: str) -> None:
-        self._commits = Commits(ledger, fingerprint)
+    def __init__(self, ledger: Ledger, fingerprint: str, epoch: int | None = None) -> None:
+        self._commits = Commits(ledger, fingerprint, epoch)
         os.nice(NICENESS)
 
     def __call__(self, block: pa.Table) -> pa.Table:

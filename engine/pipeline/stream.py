@@ -43,6 +43,8 @@ class Stream:
     ledger: Ledger
     fingerprint: str
     resources: Resources
+    epoch: int
+    """Of the run's lease."""
     stall_s: float | None = None
     """Without any progress, after which the run is given up; by default it depends on what the cluster has."""
 
@@ -77,7 +79,7 @@ class Stream:
         return (inside + POOL_GROWS_AT * PARCELS_WAITING) / inside
 
     def _chain(self) -> ray.data.Dataset:
-        chosen, place = self.resources, (self.ledger, self.fingerprint)
+        chosen, place = self.resources, (self.ledger, self.fingerprint, self.epoch)
         is_last = not chosen.min_publishers
         source = ShardDatasource(self.parcels, self.work.selection, chosen.max_readers)
         embedded = ray.data.read_datasource(

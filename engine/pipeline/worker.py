@@ -241,9 +241,9 @@ class EmbedWorker:
 class CommittingWorker(EmbedWorker):
     """An embedding actor that commits its shards itself: where cores compute, a publisher would only take its time from them."""
 
-    def __init__(self, work: Work, ledger: Ledger, fingerprint: str) -> None:
+    def __init__(self, work: Work, ledger: Ledger, fingerprint: str, epoch: int | None = None) -> None:
         super().__init__(work)
-        self._commits = Commits(ledger, fingerprint)
+        self._commits = Commits(ledger, fingerprint, epoch)
 
     def _handed_over(self, items: Sequence[Item]) -> pa.Table:
         return self._commits.receipts(items)
