@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from engine.disk import cannot, is_trouble
 from engine.errors import ConfigError, CorruptOutput
 from engine.ledger import part_name
 from engine.schema import EMBEDDING, canonical_json, content_hash
@@ -197,6 +198,8 @@ class Snapshot:
                     file, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
                 )
             except (pa.ArrowException, OSError) as error:
+                if is_trouble(error):
+                    raise cannot("read", self.root, error) from None
                 raise self._corrupt(f"the part {name} cannot be read ({type(error).__name__})") from None
             with parquet:
                 yield parquet
