@@ -306,11 +306,26 @@ def test_a_column_that_is_missing_or_no_text_is_named(tmp_path, column, message)
     assert file.location in caught.value.message
 
 
-def test_a_kept_column_that_is_missing_is_named(tmp_path):
-    """As the text column is."""
-    file = write_source(tmp_path / "a.parquet", {"text": ["a"]})
-    with pytest.raises(SourceError, match="has no column 'year'"):
-        read_shapes([file], Selection("text", ("year",)))
+@pytest.mark.parametrize("suffix", ["parquet", "arrow", "csv", "jsonl"])
+def test_the_option_that_names_a_missing_column_is_said(tmp_path, suffix):
+    """Of ids and kept columns, which --text-column has nothing to do with, as of a template's."""
+    path = tmp_path / f"a.{suffix}"
+    table = pa.table({"text": ["a"]})
+    with pa.OSFile(str(path), "wb") as file:
+        if suffix == "parquet":
+            pq.write_table(table, file)
+        elif suffix == "arrow":
+            with pa.ipc.new_file(file, table.schema) as writer:
+                writer.write_table(table)
+        else:
+            file.write(b'{"text": "a"}\n' if suffix == "jsonl" else b"text\na\n")
+    files = list_inputs([str(path)]).files
+    with pytest.raises(
+        SourceError, match=r"has no column 'year'.*\. It is named by --id-column or --keep: correct that$"
+    ):
+        read_shapes(files, Selection("text", ("year",)))
+    with pytest.raises(SourceError, match=r"has no column 'body'.*\. Correct --text-template$"):
+        read_shapes(files, Selection("text", text_template="{body}"))
 
 
 def test_a_kept_column_of_another_type_in_one_file_is_refused(tmp_path):
