@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from typing import Literal
 
 from engine.errors import ConfigError, EngineError
 
+_ALMOST = re.compile(r"(s3|gs|az|hf|https?|file|memory):(?!//)")
+"""How what should be an address begins, with too few slashes: as a path it would be a folder `s3:` of the current one."""
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 """Of an error: there is no such file or folder."""
 _OF_CONTENT = (None, errno.ENOENT, errno.EINVAL)
@@ -33,8 +36,12 @@ def expanded(path: str) -> Path:
     Return a path as it is named from anywhere; `~` is the home folder, and file:// may stand before it.
 
     Raises:
-        ConfigError: If it begins with the home folder of a user that there is not.
+        ConfigError: If it begins with the home folder of a user that there is not, or almost as an address does.
     """
+    if almost := _ALMOST.match(path):
+        raise ConfigError(
+            f"{path} is no address, which begins with {almost[0]}//, and hardly a path: correct it; ./{path} if it is one"
+        )
     try:
         return Path(path.removeprefix("file://")).expanduser().absolute()
     except RuntimeError:

@@ -238,6 +238,10 @@ def test_a_store_is_a_folder_or_a_place_in_a_bucket(tmp_path):
     for location in ("ftp://host/out", "hf://datasets/a/b", str(tmp_path / "file")):
         with pytest.raises(ConfigError, match="output"):
             open_storage(location)
+    for location in ("s3:/bucket/out", "gs:bucket/out", "memory:", "file:/out"):
+        with pytest.raises(ConfigError, match=f"^{location} is no address, which begins with [a-z0-9]+://"):
+            open_storage(location)
+    assert open_storage("./s3:/out").root.endswith("/s3:/out")
     assert open_storage(f"file://{tmp_path}").root == str(tmp_path)
 
 
