@@ -90,6 +90,17 @@ def cannot(verb: str, root: str, error: Exception) -> EngineError:
 
 
 @contextmanager
+def advised(advice: str) -> Iterator[None]:
+    """Add what else can be done to the message of trouble with an output; errors of other kinds say it themselves."""
+    try:
+        yield
+    except EngineError as error:
+        if type(error) is not EngineError:
+            raise
+        raise EngineError(f"{error.message}. {advice}") from None
+
+
+@contextmanager
 def explained(root: str, verb: str = "write to") -> Iterator[None]:
     """Turn an OSError of an output into one message."""
     try:

@@ -49,11 +49,12 @@ class Storage(Protocol):
     def names(self, folder: str) -> Iterator[str]:
         """Yield what `sizes` yields, without the sizes: a listing costs one call for many files, a size one a file."""
 
-    def ages(self) -> Iterator[tuple[str, int, float]]:
+    def ages(self, *, is_only_shown: bool = False) -> Iterator[tuple[str, int, float]]:
         """
         Yield the name, the size in bytes, and the age in seconds of each file below the root; nothing that links lead to.
 
-        Ages are since a file was put where it is, by the clock of the store, which a file is written for: never by this machine's.
+        Ages are since a file was put where it is, by the clock of the store, which a file is made for: never by this machine's,
+        unless they are only shown, and none can be made.
         """
 
     def rename(self, name: str, to: str) -> bool:
@@ -125,9 +126,14 @@ class LocalStorage:
         for entry in self._scan(folder):
             yield entry.name
 
-    def ages(self) -> Iterator[tuple[str, int, float]]:
+    def ages(self, *, is_only_shown: bool = False) -> Iterator[tuple[str, int, float]]:
         """Yield the name, the size in bytes, and the age in seconds by the disk's clock of each file below the root, behind no link."""
-        now = self._now()
+        try:
+            now = self._now()
+        except EngineError:
+            if not is_only_shown:
+                raise
+            now = time.time()
         with explained(self.root, "list"):
             for folder, _, names in os.walk(self.root, onerror=_raise_unless_gone):
                 below = "" if folder == self.root else f"{Path(folder).relative_to(self.root).as_posix()}/"
@@ -191,7 +197,7 @@ class LocalStorage:
             probe = self._path(f"{STAGING}/{uuid.uuid4().hex}.clock")
             self._folder(probe.parent)
             try:
-                probe.write_bytes(b"1")
+                probe.touch()  # no byte: even a full disk takes it, as a rule
                 return probe.stat().st_mtime
             finally:
                 probe.unlink(missing_ok=True)
