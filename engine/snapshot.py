@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -205,7 +206,7 @@ class Snapshot:
                 yield parquet
 
     def _corrupt(self, problem: str) -> CorruptOutput:
-        return CorruptOutput(f"{problem}: {ADVICE.format(root=self.root)}")
+        return CorruptOutput(f"{problem}: {ADVICE.format(root=quote(self.root))}")
 
 
 def numbers_of(batch: pa.RecordBatch) -> np.ndarray[Any, Any]:

@@ -18,7 +18,7 @@ import pytest
 import engine
 from engine.errors import AuthenticationFailed, ConfigError, EngineError, InputRejected, ProviderError
 from engine.model_config import ModelConfig
-from engine.models import registry
+from engine.models import model_files, registry
 from engine.models.base import PROBE, Embeddings
 from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel
 from tests.builders import fail_below
@@ -436,6 +436,15 @@ def test_a_model_folder_that_may_not_be_looked_at_is_a_message(tmp_path, monkeyp
     fail_below(tmp_path, monkeypatch)
     with pytest.raises(ConfigError, match=r"model cannot be looked at \(Permission denied\)"):
         identity_of(tmp_path / "model")
+
+
+def test_weights_that_are_cut_off_are_a_message(tmp_path):
+    """As after a download that broke off."""
+    shutil.copytree(model_files.folder_of(PACKAGED), tmp_path / "model")
+    with (tmp_path / "model/model.safetensors").open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(ConfigError, match="model cannot be loaded: SafetensorError"):
+        SentenceTransformerEmbeddingModel(str(tmp_path / "model"), device="cpu", backend="torch")
 
 
 def test_a_name_of_the_hub_is_pinned_to_a_commit_or_refused():

@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 import engine
 from engine.commits import Usage
 from engine.config import JobConfig, load_config
-from engine.errors import ConfigError, EngineError, Refused, SourceChanged
+from engine.errors import ConfigError, CorruptOutput, EngineError, Refused, SourceChanged
 from engine.ledger import COMMITS, REJECTS, Ledger, part_name, record_name, rejects_name
 from engine.pipeline.publish import Commits
 from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Reject, Shard, vectors_type
@@ -315,6 +316,17 @@ def test_parts_that_the_disk_does_not_give_are_not_damaged(output, monkeypatch, 
         with pytest.raises(EngineError, match=r"cannot read .*/out \(Stale file handle\): check the disk"):
             look()
     assert len(output.parts()) == 6
+
+
+def test_a_command_in_an_advice_can_be_pasted(tmp_path):
+    """Also where the output's path has a space in it."""
+    (tmp_path / "my texts").mkdir()
+    output = Output(tmp_path / "my texts")
+    output.parts()[0].unlink()
+    pasted = f"`engine verify '{output.out}' --"
+    assert pasted in engine.verify(output.out).findings[0].advice
+    with pytest.raises(CorruptOutput, match=re.escape(pasted)):
+        engine.read(output.out)
 
 
 def test_rows_in_two_parts_are_found(output):
