@@ -1,4 +1,4 @@
-"""The arguments of a custom model: JSON, and no secrets, since they are stored with the output."""
+"""What no option may hold, since options are stored with the output: a secret; and arguments of a custom model are JSON."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ _SECRET_NAME = re.compile(
 _SECRET_VALUE = re.compile(
     r"\b(sk-|hf_|ghp_|xox[a-z]-)[A-Za-z0-9_-]{8,}|AKIA[0-9A-Z]{16}|^Bearer |://[^/\s:@]+:[^/\s@]+@"
 )
+_LONG_NAME = re.compile(r"[A-Za-z0-9_-]{32,}")
+"""What keys without a known beginning look like, and hardly a file's name."""
 _CAMEL = re.compile(r"([a-z0-9])([A-Z])")
 
 
@@ -32,6 +34,16 @@ def check_arguments(arguments: dict[str, Any]) -> None:
             raise ValueError(f"the value of {name!r} looks like a secret, {advice}")
         if not isinstance(item, (str, int, float, bool, type(None))):
             raise ValueError(f"{name!r} is a {type(item).__name__}, which JSON does not have; quote it")  # noqa: TRY004 - pydantic's way
+
+
+def has_key(address: str) -> bool:
+    """Say whether a path of an address, or another part of it, looks like a key."""
+    return _SECRET_VALUE.search(address) is not None
+
+
+def is_key(name: str) -> bool:
+    """Say whether what should be a file's name looks like a key itself; none that has its folder does."""
+    return "/" not in name and bool(_SECRET_VALUE.match(name) or _LONG_NAME.fullmatch(name))
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -26,8 +26,8 @@ from typer.exceptions import TyperException
 from engine import export_verb, gc_verb, overview, runner
 from engine.config import load_config
 from engine.errors import ConfigError, EngineError, ProviderError
-from engine.options import Debug, Json, Output, Verbose, given, job_options
-from engine.streams import without_core_notices
+from engine.options import NO_VALUE, Debug, Json, Output, Verbose, given, job_options
+from engine.streams import Unwritten, escape_on_stdout, on_stdout, without_core_notices
 from engine.terminal import show, show_verify
 from engine.version import __version__
 
@@ -76,10 +76,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     outcome = _Outcome()
+    escape_on_stdout()
     try:
         app(arguments, standalone_mode=False, obj=outcome)
     except TyperException as error:
+        if not error.format_message():  # no verb: the help is printed already
+            return ConfigError.exit_code
         return _say_error(f"{error.format_message()}; see `engine --help`", ConfigError.exit_code, arguments)
+    except Unwritten as error:
+        if error.is_unread:
+            return outcome.exit_code
+        message = f"cannot write the result to stdout ({error}): see that there is room; what the command did is kept"
+        return _say_error(message, outcome.exit_code or EngineError.exit_code, ())
     except EngineError as error:
         _trace(arguments)
         return _say_error(error.message, error.exit_code, arguments)
@@ -94,9 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", metavar=NO_VALUE, help="print the version")] = False,
+) -> None:
     if version:
-        print(__version__)  # noqa: T201 - the result
+        with on_stdout():
+            print(__version__)  # noqa: T201 - the result
         raise typer.Exit
 
 
@@ -134,8 +145,10 @@ def _run(
     job = load_config(config, **given(options))
     with _reporting(verbose, debug) as console, Progress(console) as shown:
         result = runner.run(job, on_event=shown)
-    _print(result, as_json, show)
-    context.obj.exit_code = _exit_code_of(result, job)
+    try:
+        _print(result, as_json, show)
+    finally:
+        context.obj.exit_code = _exit_code_of(result, job)
 
 
 @app.command("status", help="Say where an output stands, by its records.", epilog="Example: engine status out")
@@ -160,7 +173,10 @@ def _verify(
         ),
     ] = "quick",
     set_aside: Annotated[
-        bool, typer.Option("--set-aside", help="move bad parts away, so that the next run makes them again")
+        bool,
+        typer.Option(
+            "--set-aside", metavar=NO_VALUE, help="move bad parts away, so that the next run makes them again"
+        ),
     ] = False,
     sample_rows: Annotated[int, typer.Option(min=1, help="rows that level sample embeds again")] = 64,
     as_json: Json = False,
@@ -169,8 +185,8 @@ def _verify(
 ) -> None:
     with _reporting(verbose, debug):
         result = runner.verify(output, level, set_aside=set_aside, sample_rows=sample_rows)
-    _print(result, as_json, show_verify)
     context.obj.exit_code = 0 if result.ok else VERIFICATION_FAILED
+    _print(result, as_json, show_verify)
 
 
 @app.command(
@@ -230,10 +246,11 @@ def _logging(verbose: bool, debug: bool) -> Iterator[Console]:
 
 
 def _print(result: _Result, as_json: bool, show: Callable[[Console, _Result], None]) -> None:
-    if as_json:
-        print(json.dumps(result.as_json()))  # noqa: T201 - the result
-    else:
-        show(Console(highlight=False, soft_wrap=True), result)
+    with on_stdout():
+        if as_json:
+            print(json.dumps(result.as_json()))  # noqa: T201 - the result
+        else:
+            show(Console(highlight=False, soft_wrap=True), result)
 
 
 export_verb.add_to(app, _reporting, _print)
@@ -260,12 +277,14 @@ def _say_error(message: str, exit_code: int, arguments: Sequence[str]) -> int:
     """Print an error to stderr, and as the one object on stdout if that was asked for."""
     _say(f"error: {message}")
     if "--json" in arguments:
-        print(json.dumps({"error": message, "exit_code": exit_code}))  # noqa: T201 - the result
+        with suppress(Unwritten), on_stdout():
+            print(json.dumps({"error": message, "exit_code": exit_code}))  # noqa: T201 - the result
     return exit_code
 
 
 def _say(message: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(message))
+    with suppress(OSError, SystemExit):  # nobody can be told: the exit code says it
+        Console(stderr=True, highlight=False, soft_wrap=True).print(Text(message))
 
 
 def _trace(arguments: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -19,12 +19,14 @@ from engine.schema import CHUNK_COLUMNS, EMBEDDING, FAULT, SOURCE_ROW, TEXT, TEX
 from engine.template import parse, unescaped
 
 _Config = TypeVar("_Config", bound=BaseModel)
+_Named = Annotated[str, Field(min_length=1)]
+"""An empty name would be taken for another: a source for the current folder, a column for none."""
 
 
 class JobConfig(ModelConfig):
     """One job: a source, a model, an output, and how to run it."""
 
-    source: tuple[str, ...] = Field(
+    source: tuple[_Named, ...] = Field(
         description="files, folders or globs of Parquet, JSON lines, CSV, TSV, plain text or Arrow, on disks, in s3://, gs://, az:// or on hf://; "
         "repeat for more than one",
         min_length=1,
@@ -32,7 +34,7 @@ class JobConfig(ModelConfig):
     output: str = Field(
         description="the folder, or place in s3://, gs:// or az://, that the parts are written to", min_length=1
     )
-    text_column: str = Field("text", description="the column to embed", json_schema_extra=VECTORS)
+    text_column: _Named = Field("text", description="the column to embed", json_schema_extra=VECTORS)
     text_rows: Literal["line", "file"] = Field(
         "line", description="of plain text: whether a row is a line or a whole file", json_schema_extra=VECTORS
     )
@@ -42,16 +44,16 @@ class JobConfig(ModelConfig):
         "new line and a tab, {{ and }} for braces, null is empty",
         json_schema_extra=VECTORS,
     )
-    id_column: str | None = Field(
+    id_column: _Named | None = Field(
         None, description="the column that names a row; by default an `id` of file and row is made"
     )
-    keep: tuple[str, ...] = Field((), description="columns to copy beside the vectors; repeat for more than one")
+    keep: tuple[_Named, ...] = Field((), description="columns to copy beside the vectors; repeat for more than one")
     output_dtype: Literal["float32", "float16", "int8", "binary"] = Field(
         "float32",
         description="what vectors are stored as: int8 in steps that are fixed once for the whole job, binary as a bit a dimension",
         json_schema_extra=VECTORS,
     )
-    reuse: tuple[str, ...] = Field(
+    reuse: tuple[_Named, ...] = Field(
         (),
         description="other outputs of the same model and settings, whose vectors of the same texts are taken; repeat for more than one",
     )
@@ -167,7 +169,7 @@ def load_config(path: str | None = None, /, **given: Any) -> JobConfig:
     Raises:
         ConfigError: Names each field that is wrong, unknown or missing.
     """
-    values = _read_yaml(path) if path else {}
+    values = _read_yaml(path) if path is not None else {}
     values |= {name: value for name, value in given.items() if value is not None}
     return validated(JobConfig, values)
 
@@ -193,6 +195,8 @@ def _problem(kind: type[BaseModel], problem: Any) -> str:
         return f"unknown option {name!r}; known are: {', '.join(sorted(kind.model_fields))}"
     if problem["type"] == "missing":
         return f"{name!r} is missing; give it as a flag, in the config file or as an argument"
+    if problem["type"] == "string_too_short":
+        return f"{problem['loc'][0]}: is empty; give a value, or leave the option out"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{name}: {message}" if name else message
 
@@ -201,7 +205,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
+        raise ConfigError(f"cannot read the config {path!r}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError):  # ValueError: not UTF-8, or 2024-13-45 where a date may stand
         raise ConfigError(f"the config {path} is not YAML; check its indentation and quotes") from None
     if values is None:

@@ -26,12 +26,14 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 from itertools import zip_longest
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from engine import costs, lease, switching
+from engine.disk import advised
 from engine.errors import ConfigError
 from engine.exchange import STAGES
-from engine.gc_result import Garbage, GcResult
+from engine.gc_result import BY_HAND, WHY, Garbage, GcResult
 from engine.history import RUNS
 from engine.object_storage import PROBES
 from engine.output_files import ENGINE, WHOLE, File, names_of, turn_of
@@ -50,18 +52,6 @@ if TYPE_CHECKING:
     from engine.lease import Lease
 
 DAY_S = 24 * 3600.0
-WHY = {
-    "gone": "records, rejects and parts of inputs that were deleted",
-    "unnamed": "parts and rejects that no record names and no run will take up",
-    "held": "parts that waited for a record, and that no run will take up",
-    "former": "parts that others have taken the place of",
-    "set-aside": "damaged files that were moved out of the way",
-    "staging": "left by writers that died",
-    "reuse": "indexes of former vectors; a run that wants them makes them again",
-    "indexes": "of the lines of files that are not in the source",
-    "inputs": "copies of data in memory that no record names and no source is",
-    "leases": "of runs before the last two",
-}
 OF_SOURCE = ("gone", "unnamed", "held", "indexes", "inputs")
 """Kinds that only the source can tell."""
 
@@ -83,8 +73,15 @@ def gc(output: str, *, apply: bool = False, older_than_days: int = 1, inputs_gon
     """
     if older_than_days < 1:
         raise ConfigError("older_than_days: at least 1, since files of the last day may be in use")
+    if not apply:
+        return _Look(output, older_than_days, inputs_gone=inputs_gone, is_only_shown=True).result(applied=False)
+    with advised(BY_HAND.format(output=quote(output))):
+        return _cleared(output, older_than_days, inputs_gone=inputs_gone)
+
+
+def _cleared(output: str, older_than_days: int, *, inputs_gone: bool) -> GcResult:
     found = _Look(output, older_than_days, inputs_gone=inputs_gone)
-    if not apply or not found.garbage:
+    if not found.garbage:
         return found.result(applied=False)
     with lease.held(found.ledger.storage, "refuse") as owned:
         if not owned.follows(found.settled) or found.is_switching:  # a run was here since, or died
@@ -104,9 +101,10 @@ class _Look:
         output: The folder.
         older_than_days: Than which garbage is.
         inputs_gone: Inputs that are not there were deleted.
+        is_only_shown: Nothing is deleted by it, so nothing need be written.
     """
 
-    def __init__(self, output: str, older_than_days: int, *, inputs_gone: bool) -> None:
+    def __init__(self, output: str, older_than_days: int, *, inputs_gone: bool, is_only_shown: bool = False) -> None:
         self.settled = lease.settled(open_storage(output))
         self.ledger, self._job, self._standing, problem = resurvey(output)
         self._older_than_days = older_than_days
@@ -120,7 +118,7 @@ class _Look:
         pending = {shard.id for shard in self._standing.plan.pending} if self._standing else set()
         self._named = self._committed | pending
         parts = self.ledger.part_ids()
-        self._files = {found[0]: File(*found) for found in self.ledger.storage.ages()}
+        self._files = {found[0]: File(*found) for found in self.ledger.storage.ages(is_only_shown=is_only_shown)}
         self._below: dict[str, list[File]] = defaultdict(list)
         for file in self._files.values():
             self._below[file.folder].append(file)

@@ -8,6 +8,24 @@ from typing import Any
 from engine.result import Result
 from engine.wording import count, size
 
+WHY = {
+    "gone": "records, rejects and parts of inputs that were deleted",
+    "unnamed": "parts and rejects that no record names and no run will take up",
+    "held": "parts that waited for a record, and that no run will take up",
+    "former": "parts that others have taken the place of",
+    "set-aside": "damaged files that were moved out of the way",
+    "staging": "left by writers that died",
+    "reuse": "indexes of former vectors; a run that wants them makes them again",
+    "indexes": "of the lines of files that are not in the source",
+    "inputs": "copies of data in memory that no record names and no source is",
+    "leases": "of runs before the last two",
+}
+"""The kinds of garbage, and what each is."""
+BY_HAND = (
+    "If nothing can be written there: `engine gc {output}` shows what there is all the same, and files of the kinds set-aside, "
+    "staging, reuse and former may be deleted by hand while no run owns the output"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Garbage(Result):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from engine.options import Debug, Json, Output, Verbose
+from engine.options import NO_VALUE, Debug, Json, Output, Verbose
 from engine.terminal import show
 
 
@@ -31,14 +31,18 @@ def add_to(
     )
     def _gc(
         output: Output,
-        apply: Annotated[bool, typer.Option("--apply", help="delete what is shown; refused beside a live run")] = False,
+        apply: Annotated[
+            bool, typer.Option("--apply", metavar=NO_VALUE, help="delete what is shown; refused beside a live run")
+        ] = False,
         older_than_days: Annotated[
             int, typer.Option(metavar="N", min=1, help="leave what came later, by the store's clock")
         ] = 1,
         inputs_gone: Annotated[
             bool,
             typer.Option(
-                "--inputs-gone", help="the inputs that are not there were deleted, though it looks like a lost disk"
+                "--inputs-gone",
+                metavar=NO_VALUE,
+                help="the inputs that are not there were deleted, though it looks like a lost disk",
             ),
         ] = False,
         as_json: Json = False,

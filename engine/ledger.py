@@ -20,6 +20,7 @@ import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
+from shlex import quote
 from typing import Any
 
 import pyarrow as pa
@@ -292,5 +293,5 @@ class Ledger(Records):
         if stored != data:
             raise CommitConflict(
                 f"{name} does not belong to {part_name(shard_id)}: one of the two was changed or damaged. "
-                f"`engine verify {self.root} --level full --set-aside` moves both away, and the next run makes the shard again"
+                f"`engine verify {quote(self.root)} --level full --set-aside` moves both away, and the next run makes the shard again"
             )

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from engine.arguments import check_arguments
+from engine.arguments import check_arguments, has_key, is_key
 
 DEFAULT_MODEL = "sentence-transformers:all-MiniLM-L6-v2"
 LongTexts = Literal["truncate", "chunk", "chunk-rows", "reject"]
@@ -24,7 +24,7 @@ VECTORS: dict[str, Any] = {"decides": "vectors"}
 class ModelConfig(BaseModel):
     """Which model, and all the settings that a model is built with."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     model: str = Field(
         DEFAULT_MODEL,
@@ -120,6 +120,16 @@ class ModelConfig(BaseModel):
     def _is_address(cls, value: str | None) -> str | None:
         return None if value is None else checked_address(value)
 
+    @field_validator("key_file")
+    @classmethod
+    def _is_no_key(cls, value: str | None) -> str | None:
+        if value is not None and is_key(value):
+            raise ValueError(
+                "looks like a key itself, and would be stored with the output: give the name of a file that holds it (with its "
+                "folder, such as ./NAME), or put it into the workers' environment"
+            )
+        return value
+
     @field_validator("model")
     @classmethod
     def _has_provider(cls, value: str) -> str:
@@ -167,9 +177,9 @@ def checked_address(value: str) -> str:
         parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("not an address, such as http://127.0.0.1:8000/v1")
-    if parts.username or parts.password or parts.query:
+    if parts.username or parts.password or parts.query or parts.fragment or has_key(parts.path):
         raise ValueError(
-            "an address with a user, a password or a query would be stored with the output; give the key in the workers' "
+            "an address with a user, a password, a query, a fragment or a key would be stored with the output; give the key in the workers' "
             "environment or by key_file"
         )
     return value.rstrip("/")

@@ -15,9 +15,11 @@ from engine.errors import ConfigError
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-Json = Annotated[bool, typer.Option("--json", help="print the result as one JSON object")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="log what happens")]
-Debug = Annotated[bool, typer.Option("--debug", help="log everything, and show tracebacks")]
+NO_VALUE = ""
+"""What a flag's value is called in the help, where typer would say `<bool>`: it takes none."""
+Json = Annotated[bool, typer.Option("--json", metavar=NO_VALUE, help="print the result as one JSON object")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", metavar=NO_VALUE, help="log what happens")]
+Debug = Annotated[bool, typer.Option("--debug", metavar=NO_VALUE, help="log everything, and show tracebacks")]
 Output = Annotated[str, typer.Argument(metavar="OUT", help="an output folder")]
 
 FIRST = ("source", "output", "model")
@@ -67,6 +69,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     kind: Any = str | None
     if field.annotation is bool:
         kind = bool | None
+        shown["metavar"] = NO_VALUE
     elif get_origin(field.annotation) is tuple:
         kind = list[str] | None
         shown["metavar"] = "TEXT"

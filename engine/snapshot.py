@@ -11,12 +11,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from engine.disk import cannot, is_trouble
 from engine.errors import ConfigError, CorruptOutput
 from engine.ledger import part_name
 from engine.schema import EMBEDDING, canonical_json, content_hash
@@ -196,12 +198,14 @@ class Snapshot:
                     file, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
                 )
             except (pa.ArrowException, OSError) as error:
+                if is_trouble(error):
+                    raise cannot("read", self.root, error) from None
                 raise self._corrupt(f"the part {name} cannot be read ({type(error).__name__})") from None
             with parquet:
                 yield parquet
 
     def _corrupt(self, problem: str) -> CorruptOutput:
-        return CorruptOutput(f"{problem}: {ADVICE.format(root=self.root)}")
+        return CorruptOutput(f"{problem}: {ADVICE.format(root=quote(self.root))}")
 
 
 def numbers_of(batch: pa.RecordBatch) -> np.ndarray[Any, Any]:

@@ -7,17 +7,17 @@ moment its name exists. On a local disk that is `link(2)` of a synced staging fi
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from engine.buckets.place import is_bucket
+from engine.disk import expanded, explained, kind_of
 from engine.errors import ConfigError, EngineError
 from engine.object_storage import ObjectStorage, name_is_taken
 
@@ -49,11 +49,12 @@ class Storage(Protocol):
     def names(self, folder: str) -> Iterator[str]:
         """Yield what `sizes` yields, without the sizes: a listing costs one call for many files, a size one a file."""
 
-    def ages(self) -> Iterator[tuple[str, int, float]]:
+    def ages(self, *, is_only_shown: bool = False) -> Iterator[tuple[str, int, float]]:
         """
         Yield the name, the size in bytes, and the age in seconds of each file below the root; nothing that links lead to.
 
-        Ages are since a file was put where it is, by the clock of the store, which a file is written for: never by this machine's.
+        Ages are since a file was put where it is, by the clock of the store, which a file is made for: never by this machine's,
+        unless they are only shown, and none can be made.
         """
 
     def rename(self, name: str, to: str) -> bool:
@@ -85,7 +86,7 @@ class LocalStorage:
     def create(self, name: str, data: bytes) -> bool:
         """Create `name` with `data`, whole and durable, or return False and change nothing if it is there already."""
         final = self._path(name)
-        with _explained(self.root):
+        with explained(self.root):
             if final.exists():
                 return False
             self._folder(final.parent)
@@ -101,16 +102,17 @@ class LocalStorage:
 
     def read(self, name: str) -> bytes:
         """Return the bytes of `name`; raise FileNotFoundError if it is not there."""
-        with _explained(self.root, "read"):
+        with explained(self.root, "read"):
             return self._path(name).read_bytes()
 
     def open(self, name: str) -> BinaryIO:
         """Open `name` to read pieces of it, such as a footer; raise FileNotFoundError if it is not there."""
-        return self._path(name).open("rb")
+        with explained(self.root, "read"):
+            return self._path(name).open("rb")
 
     def persist(self, name: str) -> None:
         """Make sure that `name`, which another writer created and may not have lived to sync, survives a power cut."""
-        with _explained(self.root):
+        with explained(self.root):
             sync_folder(self._path(name).parent)
 
     def sizes(self, folder: str) -> Iterator[tuple[str, int]]:
@@ -124,10 +126,15 @@ class LocalStorage:
         for entry in self._scan(folder):
             yield entry.name
 
-    def ages(self) -> Iterator[tuple[str, int, float]]:
+    def ages(self, *, is_only_shown: bool = False) -> Iterator[tuple[str, int, float]]:
         """Yield the name, the size in bytes, and the age in seconds by the disk's clock of each file below the root, behind no link."""
-        now = self._now()
-        with _explained(self.root, "list"):
+        try:
+            now = self._now()
+        except EngineError:
+            if not is_only_shown:
+                raise
+            now = time.time()
+        with explained(self.root, "list"):
             for folder, _, names in os.walk(self.root, onerror=_raise_unless_gone):
                 below = "" if folder == self.root else f"{Path(folder).relative_to(self.root).as_posix()}/"
                 for name in names:
@@ -140,7 +147,7 @@ class LocalStorage:
     def rename(self, name: str, to: str) -> bool:
         """Move `name` to the unused name `to`; return False if `name` is gone. Raise EngineError if another file has that name."""
         source, target = self._path(name), self._path(to)
-        with _explained(self.root):
+        with explained(self.root):
             self._folder(target.parent)
             try:
                 if not target.exists():  # rename(2) would replace it
@@ -157,7 +164,7 @@ class LocalStorage:
 
     def replace(self, name: str, data: bytes) -> None:
         """Put `data` under `name`, whole, whatever was there: for what may be lost, and is not part of a commit."""
-        with _explained(self.root):
+        with explained(self.root):
             self._folder(self._path(name).parent)
             staging = self._stage(data)
             try:
@@ -167,7 +174,7 @@ class LocalStorage:
 
     def delete(self, name: str) -> None:
         """Delete `name`, if it is there."""
-        with _explained(self.root, "delete from"), suppress(FileNotFoundError):
+        with explained(self.root, "delete from"), suppress(FileNotFoundError):
             self._path(name).unlink()
 
     def probe(self) -> None:
@@ -186,11 +193,11 @@ class LocalStorage:
 
     def _now(self) -> float:
         """Return the time by the clock that dates the files here: on a network disk, its server's."""
-        with _explained(self.root):
+        with explained(self.root):
             probe = self._path(f"{STAGING}/{uuid.uuid4().hex}.clock")
             self._folder(probe.parent)
             try:
-                probe.write_bytes(b"1")
+                probe.touch()  # no byte: even a full disk takes it, as a rule
                 return probe.stat().st_mtime
             finally:
                 probe.unlink(missing_ok=True)
@@ -200,7 +207,7 @@ class LocalStorage:
 
     def _scan(self, folder: str) -> Iterator[os.DirEntry[str]]:
         try:
-            with _explained(self.root, "list"):
+            with explained(self.root, "list"):
                 entries = os.scandir(self._path(folder))
         except FileNotFoundError:
             return
@@ -249,13 +256,13 @@ def open_storage(location: str, *, is_single_writer: bool = False) -> Storage:
     """
     if is_bucket(location):
         return ObjectStorage(location, is_single_writer=is_single_writer)
-    scheme, separator, rest = location.partition("://")
+    scheme, separator, _ = location.partition("://")
     if separator and scheme != "file":
         raise ConfigError(
             f"output {scheme}://: only folders and object stores (s3://, gs://, az://) can be written to; give one of these"
         )
-    path = Path(rest if separator else location).expanduser()
-    if path.exists() and not path.is_dir():
+    path = expanded(location)
+    if kind_of(path) not in (None, "folder"):
         raise ConfigError(f"output {location!r} is a file; give a folder")
     return LocalStorage(str(path))
 
@@ -272,28 +279,3 @@ def sync_folder(path: Path) -> None:
 def _raise_unless_gone(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError):
         raise error
-
-
-_ADVICE = {
-    errno.ENOSPC: "the disk is full: free some space and run the same command again",
-    errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
-    errno.EFBIG: "a file may not grow that large here: raise the limit, or lower --shard-rows for a new output",
-    errno.EACCES: "permission denied: make the folder writable and run the same command again",
-    errno.EPERM: "not permitted (a file system without hard links?): use an output folder on a local disk",
-    errno.EROFS: "the file system is read-only: use another output folder",
-    errno.EIO: "the disk reports an input/output error: check it, then run the same command again",
-}
-
-
-@contextmanager
-def _explained(root: str, verb: str = "write to") -> Iterator[None]:
-    """Turn an OSError of the store into one message that says what to do; what was committed is untouched by it."""
-    try:
-        yield
-    except (FileExistsError, FileNotFoundError):
-        raise
-    except OSError as error:
-        advice = _ADVICE.get(error.errno or 0, "check the disk, then run the same command again")
-        raise EngineError(
-            f"cannot {verb} {root} ({error.strerror or type(error).__name__}): {advice}; all that was committed is kept"
-        ) from None

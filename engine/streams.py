@@ -1,13 +1,15 @@
-"""The streams of the process: what Ray's C++ core writes to stderr beside Python, and who gets to see it."""
+"""The streams of the process: what Ray's C++ core writes to stderr beside Python, and who gets to see it; and results on stdout."""
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import re
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 CORE_NOTICE = re.compile(rb"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ [IWE] \d+ \d+\] ")
 """How the core begins a line. Every actor pool brings one of level E about its own arguments (ray issue 53727). Fatal ones (F) pass,
@@ -47,6 +49,45 @@ def without_core_notices(*, in_notebook: bool = False) -> Iterator[None]:
             sys.stderr = plain
         os.dup2(screen, 2)
         reader.join(timeout=1)  # not for ever: a child process may hold the pipe open
+
+
+def escape_on_stdout() -> None:
+    """Have stdout take names that its encoding does not have, with backslashes, as stderr does."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def on_stdout() -> Iterator[None]:
+    """
+    Write a result.
+
+    Raises:
+        Unwritten: If stdout does not take it; Python will not try again as it ends.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except (OSError, SystemExit) as error:  # rich ends the process where nobody reads any more
+        with suppress(OSError, ValueError):  # not of this process, or none
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+        raise Unwritten(error) from None
+
+
+class Unwritten(Exception):
+    """
+    Stdout does not take a result.
+
+    Args:
+        error: What it was.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        self.is_unread = not isinstance(error, OSError) or error.errno == errno.EPIPE
+        """Whether who was to read it has left, as `head` does."""
+        super().__init__(getattr(error, "strerror", None) or type(error).__name__)
 
 
 def _pass_on(readable: int, screen: int) -> None:

@@ -9,12 +9,11 @@ Verification: an output held against its plan, its records, its files and, for a
 
 from __future__ import annotations
 
-import asyncio
-import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
+from shlex import quote
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -22,17 +21,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine.commits import CommitRecord
+from engine.disk import cannot, is_trouble
 from engine.errors import ConfigError, CorruptOutput
 from engine.ledger import part_name, rejects_name
-from engine.models import registry
 from engine.part import about_of, format_of
 from engine.repeated_ids import RepeatedIds
 from engine.results import Finding, VerifyResult
 from engine.schema import EMBEDDING, SOURCE_ROW
-from engine.sources import indexes
-from engine.sources.rows import Selection
-from engine.spot_check import lowest_cosine_to, texts_of
-from engine.survey import stored_config
+from engine.spot_check import embedded_again
 
 if TYPE_CHECKING:
     from engine.ledger import Ledger
@@ -43,11 +39,6 @@ Level = Literal["quick", "footers", "full", "sample"]
 
 THREADS = 4
 LOOKS_AT_ONCE = 256
-SAMPLED_SHARDS = 8
-LOWEST_COSINE = {"float32": 0.9999, "bfloat16": 0.999, "float16": 0.999}
-"""Between a stored vector and the same text embedded again, perhaps on another device and among other neighbours."""
-LOWEST_COSINE_AS = {"int8": 0.999, "binary": 0.9}
-"""The same of vectors that are stored as other than floats: the new one is quantized too, and numbers beside a step may fall on its other side."""
 AGAIN = "`engine verify {root} --level {level} --set-aside` moves it away, and the next run makes its shard again"
 RESTORE = "its input is gone, so it cannot be made again: restore the part from a copy"
 
@@ -84,7 +75,9 @@ def verify(
     """
     if level not in get_args(Level):
         raise ConfigError(f"level {level!r}: there are {', '.join(get_args(Level))}")
-    check = _Check(ledger, job, standing, level)
+    if sample_rows < 1:
+        raise ConfigError(f"sample_rows {sample_rows}: at least 1 row")
+    check = _Check(ledger, job, standing, f"sample --sample-rows {sample_rows}" if level == "sample" else level)
     check.records(level)
     check.leftovers(level)
     check.repeated_ids()
@@ -107,11 +100,11 @@ def verify(
 class _Check:
     """One verification: what was looked at, and what was found."""
 
-    def __init__(self, ledger: Ledger, job: Job, standing: Standing | None, level: Level) -> None:
+    def __init__(self, ledger: Ledger, job: Job, standing: Standing | None, how: str) -> None:
         self.findings: list[Finding] = []
         self.warnings: list[str] = standing.told if standing else []
         self.num_shards = self.num_rows = self.num_rejects = 0
-        self._again = AGAIN.format(root=ledger.root, level=level)
+        self._again = AGAIN.format(root=quote(ledger.root), level=how)
         self._ledger = ledger
         self._job = job
         self._standing = standing
@@ -201,33 +194,13 @@ class _Check:
         if self._standing:
             out |= self._standing.plan.unknown
         good = [shard_id for shard_id in self._committed if shard_id not in out and self._can_be_made_again(shard_id)]
-        chance = random.Random()  # noqa: S311 - a sample, not a secret
-        chosen = chance.sample(good, min(SAMPLED_SHARDS, len(good)))
-        if not chosen:
-            self.warnings.append("no row could be embedded again: no shard is whole and has its input")
-            return None
-        config = stored_config(self._job, self._ledger.root)
-        selection = replace(Selection.of(config), kept=())
-        known = indexes.load(self._ledger.storage)
-        each = -(-num_rows // len(chosen))
-        lowest = 1.0
-        with asyncio.Runner() as loop:
-            anywhere = config.of_model().model_copy(update={"device": "auto", "backend": "auto"})
-            if config.long_texts == "chunk-rows":  # chunks are looked at one by one, and fit as they are
-                anywhere = anywhere.model_copy(update={"long_texts": "truncate", "chunk_overlap": None})
-            model = registry.build(registry.suited(anywhere, num_bytes=0))
-            for shard_id in chosen:
-                stored = self._ledger.part(shard_id)
-                picked = sorted(chance.sample(range(stored.table.num_rows), min(each, stored.table.num_rows)))
-                texts = texts_of(stored, picked, self._ledger.root, self._job.base, selection, known)
-                again = loop.run(model.embed_rows(texts)).vectors
-                cosine = lowest_cosine_to(stored, picked, again)
-                lowest = min(lowest, cosine)
-                if cosine < min(LOWEST_COSINE[config.dtype], LOWEST_COSINE_AS.get(stored.vectors.dtype, 1.0)):
-                    self._find(
-                        shard_id, f"{part_name(shard_id)}: embedded again, a vector has cosine {cosine:.6f} to it"
-                    )
-            loop.run(model.close())
+        lowest = None
+        for shard_id, cosine, is_low in embedded_again(self._ledger, self._job, good, num_rows):
+            lowest = cosine if lowest is None else min(lowest, cosine)
+            if is_low:
+                self._find(shard_id, f"{part_name(shard_id)}: embedded again, a vector has cosine {cosine:.6f} to it")
+        if lowest is None:
+            self.warnings.append("no row could be embedded again: no shard is whole, has vectors and has its input")
         return lowest
 
     def _looks(self, level: Level) -> Iterator[tuple[str, CommitRecord | None, str | None]]:
@@ -271,6 +244,8 @@ class _Check:
             about = about_of(schema)
             kind, vectors = schema.field(EMBEDDING).type, format_of(schema)
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if is_trouble(error):
+                raise cannot("read", self._ledger.root, error) from None
             yield f"the footer of {name} cannot be read ({type(error).__name__})"
             return
         if kind != vectors.arrow_type or vectors.dtype != self._job.config.get("output_dtype", "float32"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import io
 import logging
 import multiprocessing
@@ -45,6 +46,8 @@ from engine.survey import Survey
 from engine.text_hashes import text_hashes
 
 if TYPE_CHECKING:
+    import pytest
+
     from engine.pipeline.worker import Work
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -229,6 +232,29 @@ def at_call(
     finally:
         for module, name, original in originals:
             setattr(module, name, original)
+
+
+LOOKS = ((os, "stat"), (os, "scandir"), (os, "open"), (io, "open"))
+"""All that looks at a path, but for what Arrow does by itself."""
+
+
+def fail_below(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int = errno.EACCES, calls: Sequence[tuple[Any, str]] = LOOKS
+) -> None:
+    """Let calls fail for all that is in a folder, as in one of another user: root may look into them all."""
+
+    def failing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any = ".", *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(path, int):
+                where = Path(os.fsdecode(path))
+                if folder in where.parents or (folder == where and original.__name__ == "scandir"):
+                    raise OSError(number, os.strerror(number), str(path))
+            return original(path, *args, **kwargs)
+
+        return call
+
+    for module, name in calls:
+        monkeypatch.setattr(module, name, failing(getattr(module, name)))
 
 
 def free_port() -> int:

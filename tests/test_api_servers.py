@@ -113,6 +113,8 @@ def test_a_key_file_without_a_key_is_refused(tmp_path, content):
         (tmp_path / "key").write_text(content)
     with pytest.raises(ConfigError, match=r"key_file: .*key"):
         OpenAIEmbeddingModel(key_file=str(tmp_path / "key"))
+    with pytest.raises(ConfigError, match="~no-such-user/key: there is no such user's home folder"):
+        OpenAIEmbeddingModel(key_file="~no-such-user/key")
 
 
 def test_llmock_is_a_server_like_any_other(llmock, connect):

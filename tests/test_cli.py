@@ -18,6 +18,7 @@ import yaml
 
 from engine.cli import main
 from tests.kills import ROOT, Job
+from tests.test_verification import Output
 
 HASH = ["--model", "custom:tests.models.HashModel"]
 
@@ -275,6 +276,66 @@ def test_help_fits_80_columns_and_names_every_option():
     assert max(len(line) for line in told.splitlines()) <= 80
     for name in JobConfig.model_fields:
         assert f"--{name.replace('_', '-')}" in told
+
+
+def said_to(stdout: int, *arguments: str, **environment: str) -> tuple[int, str]:
+    """Return the exit code and stderr of a command whose stdout is a descriptor."""
+    command = [sys.executable, "-m", "engine", *arguments]
+    told = subprocess.run(
+        command, env=os.environ | environment, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(stdout)
+    return told.returncode, told.stderr
+
+
+def unread() -> int:
+    """Return the end of a pipe whose reader has left."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_stdout_that_is_full_is_a_message_and_one_that_nobody_reads_is_none(tmp_path, form):
+    """The exit code stays that of what was found: scripts go by it."""
+    made = Output(tmp_path)
+    made.parts()[0].unlink()
+    command = ["verify", str(made.out), *form]
+    assert said_to(unread(), *command) == (6, "")
+    code, stderr = said_to(os.open("/dev/full", os.O_WRONLY), *command)
+    assert code == 6
+    assert stderr.startswith("error: cannot write the result to stdout (No space left on device)")
+    assert stderr.count("\n") == 1
+    code, stderr = said_to(os.open("/dev/full", os.O_WRONLY), "status", str(made.out), *form)
+    assert (code, stderr.count("\n")) == (1, 1)
+
+
+def test_an_error_that_cannot_be_printed_as_json_is_still_one_message(tmp_path):
+    """With its exit code."""
+    code, stderr = said_to(os.open("/dev/full", os.O_WRONLY), "status", str(tmp_path), "--json")
+    assert code == 2
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path):
+    """An ASCII terminal, and a folder with an umlaut in its name."""
+    (tmp_path / "ö").mkdir()
+    made = Output(tmp_path / "ö")
+    with (tmp_path / "stdout").open("wb") as file:
+        assert said_to(os.dup(file.fileno()), "status", str(made.out), PYTHONIOENCODING="ascii") == (0, "")
+    assert rb"/\xf6/out" in (tmp_path / "stdout").read_bytes()
+
+
+def test_the_name_alone_prints_the_help_and_no_error(capfd):
+    """And flags take no value there."""
+    assert main([]) == 2
+    told = capfd.readouterr()
+    assert "plan" in told.out + told.err
+    assert "error" not in told.err
+    for verb in ("run", "verify", "gc"):
+        assert main([verb, "--help"]) == 0
+        assert capfd.readouterr().out.count("<bool>") == 1  # typer's own, of --help
 
 
 def test_the_version_is_printed(capfd):

@@ -134,6 +134,7 @@ def test_a_file_that_cannot_be_read_is_a_message(tmp_path):
     """Missing, a folder, or not UTF-8."""
     (tmp_path / "latin.yaml").write_bytes(b"prompt: \xe9\n")
     for path, message in (
+        ("", "config '': Is a directory"),
         (tmp_path / "no.yaml", "No such file"),
         (tmp_path, "directory"),
         (tmp_path / "latin.yaml", "YAML"),
@@ -171,7 +172,14 @@ def test_all_that_is_wrong_is_said_at_once():
         ({"source": []}, "source"),
         ({"source": 5}, "source"),
         ({"source": [5]}, "source"),
-        ({"output": ""}, "output"),
+        ({"output": ""}, "output: is empty"),
+        ({"source": ""}, "source: is empty"),
+        ({"keep": ["a", ""]}, "keep: is empty"),
+        ({"reuse": [""]}, "reuse: is empty"),
+        ({"id_column": ""}, "id_column: is empty"),
+        ({"text_column": ""}, "text_column: is empty"),
+        ({"gpus_per_actor": "inf"}, "gpus_per_actor: .*finite"),
+        ({"max_cost": float("nan")}, "max_cost: .*finite"),
         ({"keep": {"a": 1}}, "keep"),
         ({"normalize": "perhaps"}, "normalize"),
         ({"model": "all-MiniLM-L6-v2"}, "is not provider:name"),
@@ -206,6 +214,33 @@ def test_a_secret_among_the_arguments_is_refused(name):
     with pytest.raises(ConfigError, match="looks like a secret") as caught:
         load(model="custom:a.B", model_args={name: "hunter2"})
     assert "hunter2" not in caught.value.message
+
+
+KEYS = ("sk-proj-0123456789abcdef", "hf_0123456789abcdef", "0123456789abcdefghijABCDEFGHIJ0123456789")
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_in_place_of_its_file_is_refused(key):
+    """`--key-file "$OPENAI_API_KEY"` would store the key with the output; the message does not have it either."""
+    with pytest.raises(ConfigError, match="key_file: looks like a key itself") as caught:
+        load(model="openai:x", key_file=key)
+    assert key not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "name", ["key", "openai.key", "./sk-of-the-company", "/run/secrets/hf_token_of_the_team", "~/.key"]
+)
+def test_the_name_of_a_file_is_no_key(name):
+    """Not even that of one that is named after keys, if it has its folder."""
+    assert load(model="openai:x", key_file=name).key_file == name
+
+
+@pytest.mark.parametrize("end", ["/", "/proxy/", "#"])
+def test_a_key_in_an_address_is_refused(end):
+    """In its path or its fragment; the message does not have it."""
+    with pytest.raises(ConfigError, match=r"base_url: an address with .* a key would be stored") as caught:
+        load(model="openai:x", base_url=f"http://127.0.0.1/v1{end}{KEYS[0]}")
+    assert KEYS[0] not in caught.value.message
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "tokenizer", "author", "keys", "authority"])

@@ -209,12 +209,14 @@ def test_what_is_no_export_of_this_output_is_not_touched(tmp_path, form):
     with pytest.raises(Refused, match=r"export of (another|this) output"):
         engine.export(made.out, to)
     check(to, other.out)
+    assert not list(tmp_path.glob("*.partial"))
     folder = tmp_path / f"new.{form}.partial"
     folder.mkdir()
     descriptor = os.open(folder, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     with pytest.raises(Refused, match="is being made by another process"):
         engine.export(made.out, tmp_path / f"new.{form}")
+    assert folder.exists()
     os.close(descriptor)
     engine.export(made.out, tmp_path / f"new.{form}")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import io
 import json
 import os
 import time
@@ -20,7 +22,7 @@ import engine
 from engine.cli import main
 from engine.commits import Usage
 from engine.config import load_config
-from engine.errors import ConfigError, OutputInUse
+from engine.errors import ConfigError, EngineError, OutputInUse
 from engine.history import RUNS
 from engine.lease import LEASE, held
 from engine.ledger import Ledger, part_name, record_name, rejects_name
@@ -28,7 +30,7 @@ from engine.object_storage import PROBES, ObjectStorage
 from engine.schema import Shard, canonical_json, content_hash
 from engine.storage import LocalStorage, open_storage
 from engine.survey import survey
-from tests.builders import USAGE, Started, files, make_rejects, make_table
+from tests.builders import USAGE, Started, fail_below, files, make_rejects, make_table
 from tests.object_stores import BUCKET, serving
 
 DAY_S = 24 * 3600.0
@@ -151,6 +153,31 @@ def test_in_a_bucket_garbage_is_found_and_deleted_as_on_a_disk(tmp_path, monkeyp
         assert found(engine.gc(out, apply=True)) == expected
         assert not {name for name, _, _ in storage.ages()} & set().union(*expected.values())
         assert engine.verify(out, "full").ok
+
+
+def test_a_full_disk_can_be_looked_at_and_it_is_said_what_to_delete_by_hand(output, two_days_later, monkeypatch):
+    """No byte can be written, so not the lease either that deleting takes; a file without bytes tells the time."""
+    output.write("_engine/tmp/0a.staging")
+    before = files(output.out)
+    fail_below(output.out / "_engine/tmp", monkeypatch, errno.ENOSPC, [(io, "open")])
+    assert found(engine.gc(output.out)) == {"staging": {"_engine/tmp/0a.staging"}}
+    with pytest.raises(
+        EngineError, match=r"the disk is full.*`engine gc .*out` shows .* kinds set-aside, staging, .* by hand"
+    ):
+        engine.gc(output.out, apply=True)
+    monkeypatch.undo()
+    assert files(output.out) == before
+
+
+def test_who_may_not_write_can_look_and_not_delete(output, monkeypatch):
+    """By the clock of this machine, which deletes nothing."""
+    output.write("_engine/tmp/0a.staging")
+    fail_below(output.out / "_engine/tmp", monkeypatch, calls=[(io, "open"), (os, "open")])
+    assert [kept.names for kept in engine.gc(output.out).kept] == [["_engine/tmp/0a.staging"]]
+    monkeypatch.setattr(time, "time", lambda: time.time_ns() / 1e9 + 2 * DAY_S)
+    assert found(engine.gc(output.out)) == {"staging": {"_engine/tmp/0a.staging"}}
+    with pytest.raises(EngineError, match="permission denied: make the folder writable"):
+        engine.gc(output.out, apply=True)
 
 
 def test_what_may_be_named_is_put_together_once_and_not_for_each_file(output, two_days_later, monkeypatch):

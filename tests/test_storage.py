@@ -24,6 +24,7 @@ from tests.builders import (
     SMALL_FILES,
     Started,
     at_call,
+    fail_below,
     files,
     mount_small_disk,
     publish,
@@ -237,7 +238,27 @@ def test_a_store_is_a_folder_or_a_place_in_a_bucket(tmp_path):
     for location in ("ftp://host/out", "hf://datasets/a/b", str(tmp_path / "file")):
         with pytest.raises(ConfigError, match="output"):
             open_storage(location)
+    for location in ("s3:/bucket/out", "gs:bucket/out", "memory:", "file:/out"):
+        with pytest.raises(ConfigError, match=f"^{location} is no address, which begins with [a-z0-9]+://"):
+            open_storage(location)
+    assert open_storage("./s3:/out").root.endswith("/s3:/out")
     assert open_storage(f"file://{tmp_path}").root == str(tmp_path)
+
+
+def test_a_folder_that_may_not_be_looked_at_is_a_message(tmp_path, monkeypatch):
+    """Below one of another user there may be an output, or none."""
+    fail_below(tmp_path / "locked", monkeypatch)
+    with pytest.raises(ConfigError, match=r"locked/out cannot be looked at \(Permission denied\)"):
+        open_storage(str(tmp_path / "locked/out"))
+
+
+def test_what_may_not_be_read_is_to_be_made_readable(store, monkeypatch):
+    """No folder has to be writable for that."""
+    store.create("data/a", b"a")
+    fail_below(Path(store.root), monkeypatch)
+    for look in (store.read, store.open, lambda folder: list(store.names(folder))):
+        with pytest.raises(EngineError, match=r"\(Permission denied\): permission denied: make all .* readable"):
+            look("data")
 
 
 # Bad disks: a clear error, no name that is not whole, and a later attempt that works

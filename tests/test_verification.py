@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +20,13 @@ import pytest
 import engine
 from engine.commits import Usage
 from engine.config import JobConfig, load_config
-from engine.errors import ConfigError, Refused, SourceChanged
+from engine.errors import ConfigError, CorruptOutput, EngineError, Refused, SourceChanged
 from engine.ledger import COMMITS, REJECTS, Ledger, part_name, record_name, rejects_name
 from engine.pipeline.publish import Commits
 from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Reject, Shard, vectors_type
 from engine.storage import LocalStorage
 from engine.survey import Standing, survey
-from tests.builders import hashes_of
+from tests.builders import fail_below, hashes_of
 from tests.models import HashModel
 
 LEVELS = ("quick", "footers", "full", "sample")
@@ -31,6 +34,9 @@ LEVELS = ("quick", "footers", "full", "sample")
 
 class Output:
     """An output of 100 rows in 5 shards, one row a reject, as a run leaves it, but made without Ray."""
+
+    empty = (("b", 49), ("c", 0), ("c", 1))
+    """File and row of texts that are rejects."""
 
     def __init__(self, folder: Path) -> None:
         self.source, self.out = folder / "in", folder / "out"
@@ -63,13 +69,15 @@ class Output:
         """Publish a shard with the model's vectors, or such as are not."""
         asked = survey(self.config)
         name = shard.file.path[0]
-        rows = [row for row in range(shard.start, shard.stop) if (name, row) != ("b", 49)]
-        vectors = asyncio.run(HashModel().embed([f"{name} {row}" for row in rows]))
+        rejects = [
+            Reject(row, row, "empty text") for row in range(shard.start, shard.stop) if (name, row) in self.empty
+        ]
+        rows = [row for row in range(shard.start, shard.stop) if (name, row) not in self.empty]
+        vectors = np.zeros((0, 8)) if not rows else asyncio.run(HashModel().embed([f"{name} {row}" for row in rows]))
         vectors = (vectors + noise * np.random.default_rng(0).normal(size=vectors.shape)).astype(np.float32)
         embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=vectors_type(8))
         hashes = hashes_of(rows)
         table = pa.table({"id": rows, EMBEDDING: embedding, TEXT_HASH: hashes, SOURCE_ROW: pa.array(rows, pa.int64())})
-        rejects = [Reject(49, 49, "empty text")] if (name, shard.stop) == ("b", 50) else []
         usage = Usage(created_at="now")
         asked.ledger.publish(table, shard=shard, fingerprint=asked.job.fingerprint, rejects=rejects, usage=usage)
 
@@ -195,6 +203,41 @@ def test_vectors_that_the_model_does_not_give_are_found_by_a_sample(output):
     assert verdict.lowest_cosine < 0.99
 
 
+def test_a_sample_takes_no_shard_that_has_only_rejects(output):
+    """It has no vectors, and is as good as any; with nothing else to look at, that is said."""
+    pq.write_table(pa.table({"id": [0, 1], "text": ["", ""]}), output.source / "c.parquet")
+    output.make()
+    verdict = engine.verify(output.out, "sample", set_aside=True)
+    assert (verdict.ok, verdict.num_rejects, verdict.set_aside) == (True, 3, [])
+    assert verdict.lowest_cosine == pytest.approx(1)
+    for name in ("a", "b"):
+        (output.source / f"{name}.parquet").unlink()
+    verdict = engine.verify(output.out, "sample")
+    assert (verdict.ok, verdict.lowest_cosine) == (True, None)
+    assert any("no row could be embedded again" in warning for warning in verdict.warnings)
+
+
+def test_a_sample_that_is_taken_again_is_the_same(output, monkeypatch):
+    """So the command that the advice names sets aside what was found, and not what another sample finds."""
+    asked = survey(output.config)
+    for path in output.parts():
+        asked.ledger.set_aside(path.stem.removeprefix("part-"))
+    for shard in survey(output.config).standing.plan.pending:
+        output.publish(shard, noise=0.5)
+    monkeypatch.setattr("engine.spot_check.SAMPLED_SHARDS", 3)
+    found = engine.verify(output.out, "sample", sample_rows=6).findings
+    assert "--level sample --sample-rows 6 --set-aside" in found[0].advice
+    again = engine.verify(output.out, "sample", sample_rows=6, set_aside=True)
+    assert (len(found), again.findings) == (3, found)
+    assert all(any(finding.shard_id in name for name in again.set_aside) for finding in found)
+
+
+def test_a_sample_of_no_rows_is_refused(output):
+    """It would look at nothing, and call it good or bad."""
+    with pytest.raises(ConfigError, match="sample_rows 0: at least 1"):
+        engine.verify(output.out, "sample", sample_rows=0)
+
+
 def test_what_cannot_be_made_again_is_not_moved(output):
     """The input is gone: a damaged part stays where it is, and the advice is another."""
     flip(next(path for path in output.parts() if b'"path":"a.parquet"' in path.read_bytes()))
@@ -240,6 +283,50 @@ def test_a_source_out_of_reach_is_a_warning_and_the_rest_is_checked(output):
     assert "what is left to do cannot be told" in verdict.warnings[0]
     status = engine.status(output.out)
     assert (status.pending_rows, status.num_rows) == (None, 99)
+
+
+def test_a_source_that_may_not_be_looked_at_is_a_warning_too(output, monkeypatch):
+    """Who may read an output need not be let to its source."""
+    fail_below(output.source.parent / "in", monkeypatch)
+    for warnings in (
+        engine.verify(output.out).warnings,
+        engine.status(output.out).warnings,
+        engine.gc(output.out).warnings,
+    ):
+        assert "Permission denied" in warnings[0]
+
+
+class Stale(io.BytesIO):
+    """A file that can be opened, and not be read."""
+
+    def read(self, *_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    readinto = read
+
+
+@pytest.mark.parametrize("when", ["opened", "read"])
+def test_parts_that_the_disk_does_not_give_are_not_damaged(output, monkeypatch, when):
+    """They would be moved away, and a provider be paid again, for a disk that is out of reach for a moment."""
+    if when == "opened":
+        fail_below(output.out / "data", monkeypatch, errno.ESTALE, [(io, "open")])
+    else:
+        monkeypatch.setattr(LocalStorage, "open", lambda *_: Stale(output.parts()[0].read_bytes()))
+    for look in (lambda: engine.verify(output.out, "footers", set_aside=True), lambda: engine.read(output.out)):
+        with pytest.raises(EngineError, match=r"cannot read .*/out \(Stale file handle\): check the disk"):
+            look()
+    assert len(output.parts()) == 6
+
+
+def test_a_command_in_an_advice_can_be_pasted(tmp_path):
+    """Also where the output's path has a space in it."""
+    (tmp_path / "my texts").mkdir()
+    output = Output(tmp_path / "my texts")
+    output.parts()[0].unlink()
+    pasted = f"`engine verify '{output.out}' --"
+    assert pasted in engine.verify(output.out).findings[0].advice
+    with pytest.raises(CorruptOutput, match=re.escape(pasted)):
+        engine.read(output.out)
 
 
 def test_rows_in_two_parts_are_found(output):

@@ -64,7 +64,8 @@ class Staging:
 @contextmanager
 def staging(target: Path) -> Iterator[Staging]:
     """
-    Be the one process that makes `target`. What is noted then is kept until `target` is made; afterwards the folder is gone.
+    Be the one process that makes `target`. What is noted then is kept until `target` is made; afterwards the folder is gone, as
+    it is after an error before there was anything to keep.
 
     Raises:
         Refused: If another process is making it.
@@ -77,7 +78,12 @@ def staging(target: Path) -> Iterator[Staging]:
         try:
             _lock(descriptor, folder, target)
             made = Staging(folder)
-            yield made
+            try:
+                yield made
+            except BaseException:
+                with suppress(OSError):  # what is to be gone on with is in it
+                    folder.rmdir()
+                raise
             made.clear()
             folder.rmdir()
         finally:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from engine.disk import expanded, kind_of, real
 from engine.errors import ConfigError
 from engine.exporting import lance_dataset, one_file
 from engine.exporting.faiss_index import FLAT
@@ -121,13 +122,14 @@ def _target(to: str, root: str, *, is_folder: bool) -> Path:
     """Return where the export goes, if it may go there."""
     if "://" in to:
         raise ConfigError(f"--to {to}: exports are made on a local disk; give a path, and copy it from there")
-    path = Path(to).expanduser().absolute()
-    if "://" not in root and path.resolve().is_relative_to(Path(root).resolve()):
+    path = expanded(to)
+    if "://" not in root and real(path).is_relative_to(real(root)):
         raise ConfigError(
             f"--to {to} is inside the output: give a place beside it, since all that is in it is the engine's"
         )
-    if path.exists() and path.is_dir() != is_folder:
-        raise ConfigError(f"--to {to} is a {'folder' if path.is_dir() else 'file'} already: name another place")
+    kind = kind_of(path)
+    if kind not in (None, "folder" if is_folder else "file"):
+        raise ConfigError(f"--to {to} is a {'folder' if kind == 'folder' else 'file'} already: name another place")
     return path
 
 

@@ -97,6 +97,7 @@ def load(
     Raises:
         ConfigError: If there is no such model, or it cannot be loaded here.
     """
+    from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
     from transformers.utils.logging import disable_progress_bar
 
@@ -115,7 +116,13 @@ def load(
             trust_remote_code=trust_remote_code,
             model_kwargs={"dtype": torch.float32 if chosen.backend == "openvino" else getattr(torch, dtype)},
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:  # RuntimeError: a device that torch does not know
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # RuntimeError: a device that torch does not know
         raise ConfigError(f"the model {name} cannot be loaded: {type(error).__name__}: {error}") from None
 
 

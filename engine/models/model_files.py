@@ -7,6 +7,7 @@ from pathlib import Path
 
 import xxhash
 
+from engine.disk import expanded, kind_of
 from engine.errors import ConfigError
 
 PACKAGE = "package:"
@@ -18,14 +19,17 @@ def folder_of(name: str) -> Path | None:
     """Return the folder that holds the model, or None if the name is one of the Hub."""
     if name.startswith(PACKAGE):
         package, _, below = name.removeprefix(PACKAGE).partition("/")
-        spec = find_spec(package)
+        try:
+            spec = find_spec(package)
+        except (ImportError, ValueError):  # of a package that is not there, or what can be no name of one
+            spec = None
         places = list(spec.submodule_search_locations or []) if spec else []
         folder = Path(places[0], below) if places else None
-        if folder is None or not folder.is_dir():
+        if folder is None or kind_of(folder) != "folder":
             raise ConfigError(f"there is no model {name}: install the package {package!r}, or correct the folder in it")
         return folder
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = expanded(name)
+    if kind_of(folder) == "folder":
         return folder
     if name.startswith(("/", "./", "../", "~")):
         raise ConfigError(f"there is no model folder {name}")
@@ -63,7 +67,10 @@ def content_hash_of(folder: Path) -> str:
         if path.suffix == ".md" or any(step.startswith(".") for step in Path(name).parts):
             continue
         digest.update(name.encode() + b"\0")
-        with path.open("rb") as file:
-            while chunk := file.read(HASH_CHUNK_BYTES):
-                digest.update(chunk)
+        try:
+            with path.open("rb") as file:
+                while chunk := file.read(HASH_CHUNK_BYTES):
+                    digest.update(chunk)
+        except OSError as error:
+            raise ConfigError(f"the model's file {path} cannot be read ({error.strerror}): make it readable") from None
     return digest.hexdigest()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from engine.disk import expanded
 from engine.errors import ConfigError, InputRejected
 from engine.model_config import LongTexts, ModelConfig
 from engine.models import model_files
@@ -121,7 +121,7 @@ class SentenceTransformerEmbeddingModel(BaseEmbeddingModel):
                 raise ConfigError(f"revision: {config.name} is a folder, and has none; leave it out")
             if config.name.startswith(model_files.PACKAGE):
                 return config
-            absolute = Path(config.name).expanduser().absolute()  # actors may have another working directory
+            absolute = expanded(config.name)  # actors may have another working directory
             return config.model_copy(update={"model": f"{config.provider}:{absolute}"})
         commit = model_files.commit_of(model_files.hub_name(config.name), config.revision)
         return config.model_copy(update={"revision": commit})

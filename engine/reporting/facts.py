@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.commits import OTHER_REASONS, Receipt, idle_share, padding_share
 from engine.costs import Costs
-from engine.errors import CorruptOutput
+from engine.errors import CorruptOutput, EngineError
 from engine.history import last_runs
 from engine.ledger import REJECTS
 from engine.reporting.timeline import Timeline
@@ -130,7 +130,7 @@ def _examples(ledger: Ledger) -> dict[str, list[Example]]:
                     some = found.setdefault(str(reject["reason"]), []) if len(found) < 100 else []
                     if len(some) < EXAMPLES:
                         some.append(Example(path, int(reject["source_row"]), str(reject["id"])[:200]))
-        except (OSError, ValueError, TypeError, KeyError):
+        except (EngineError, OSError, ValueError, TypeError, KeyError):
             continue  # `verify` says what is wrong with it; here it is one example less
     return found
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from engine.buckets.place import is_bucket
+from engine.disk import expanded
 from engine.errors import ConfigError
 from engine.reporting import figures, page, summary
 from engine.reporting.facts import facts_of, reasons_of
@@ -74,10 +75,11 @@ def report(
         CorruptOutput: A record of the output cannot be read.
     """
     page.require_libraries()
-    if to is not None and is_bucket(to):
+    if to is not None and "://" in to:
         raise ConfigError(
-            "--to names a file on this machine; without it, the page goes beside an output, in a bucket too"
+            f"--to {to}: --to names a file on this machine; without it, the page goes beside an output, in a bucket too"
         )
+    path = None if to is None else expanded(to)  # now, and not after all the work
     if not 1 <= sample_rows <= MAX_SAMPLE_ROWS:
         raise ConfigError(f"sample_rows {sample_rows} is not between 1 and {MAX_SAMPLE_ROWS:,}")
     if projection not in get_args(Projection):
@@ -123,7 +125,7 @@ def report(
         color_column=color_by,
         vectors=summary.vectors_of(sample, health) if health else None,
     )
-    report, num_bytes = _put(ledger, to, html)
+    report, num_bytes = _put(ledger, path, html)
     return ReportResult(
         output=ledger.root,
         report=report,
@@ -135,13 +137,13 @@ def report(
     )
 
 
-def _put(ledger: Ledger, to: str | None, html: str) -> tuple[str, int]:
+def _put(ledger: Ledger, to: Path | None, html: str) -> tuple[str, int]:
     """Put the page in its place; return where that is, and its size in bytes."""
     if to is None and is_bucket(ledger.root):
         data = html.encode("utf-8", "replace")
         ledger.storage.replace(REPORT, data)
         return f"{ledger.root}/{REPORT}", len(data)
-    path = Path(to) if to else Path(ledger.root, REPORT)
+    path = to or Path(ledger.root, REPORT)
     page.replace(path, html)
     return str(path.absolute()), path.stat().st_size
 

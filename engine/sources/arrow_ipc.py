@@ -43,7 +43,7 @@ def shape(file: InputFile, selection: Selection) -> FileShape:
     with readable(file, KIND), open_input(file) as opened:
         source = _Source(file, opened)
         for column in selection.columns:
-            check_column(file, source.schema.names, column)
+            check_column(file, source.schema.names, column, selection.advice_on(column))
         selection.check_types(source.schema, file.location)
         filled = next((number for number, batch in enumerate(source.batches) if batch.num_rows), None)
         row_bytes = 0.0

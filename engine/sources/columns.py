@@ -27,7 +27,7 @@ _INT64 = range(-(2**63), 2**63)
 _EXACT_IN_DOUBLE = 2**53
 
 
-def check_column(file: InputFile, names: Sequence[str], column: str, *, shown: str | None = None) -> None:
+def check_column(file: InputFile, names: Sequence[str], column: str, advice: str, *, shown: str | None = None) -> None:
     """
     Make sure that a file has a column once.
 
@@ -35,6 +35,7 @@ def check_column(file: InputFile, names: Sequence[str], column: str, *, shown: s
         file: For the message.
         names: Of its columns.
         column: Looked for.
+        advice: What to do if it is not there.
         shown: The names as a message may show them.
 
     Raises:
@@ -42,8 +43,7 @@ def check_column(file: InputFile, names: Sequence[str], column: str, *, shown: s
     """
     if column not in names:
         raise SourceError(
-            f"{file.location} has no column {column!r}; it has: {', '.join(names) if shown is None else shown}. "
-            "Name the text with --text-column"
+            f"{file.location} has no column {column!r}; it has: {', '.join(names) if shown is None else shown}. {advice}"
         )
     if names.count(column) > 1:
         raise SourceError(f"{file.location} has {names.count(column)} columns named {column!r}; rename them")

@@ -99,7 +99,8 @@ def delimited(name: str, delimiter: str) -> LineFormat:
         if names is not None:
             shown = ", ".join(column if _NAME.fullmatch(column) else "…" for column in names)
             for column in selection.columns:
-                check_column(file, names, column, shown=f"{shown} (its first line has to be a header)")
+                advice = selection.advice_on(column)
+                check_column(file, names, column, advice, shown=f"{shown} (its first line has to be a header)")
         text_bytes = all_bytes = 0
         for chunk in head if names else ():
             batch, _ = Parser(names or [], selection, delimiter)(chunk)

@@ -134,7 +134,8 @@ def joined(shapes: Sequence[FileShape], selection: Selection) -> list[FileShape]
     for name, (kind, _) in types.items():
         if kind == MISSING and any(shape.num_rows for shape in shapes):
             raise SourceError(
-                f"{shapes[0].file.location} has no column {name!r} in its first rows, nor has any other file of the source"
+                f"{shapes[0].file.location} has no column {name!r} in its first rows, nor has any other file of the source. "
+                f"{selection.advice_on(name)}"
             )
     kept = tuple((name, STRING if kind in (MISSING, NULL) else kind) for name, (kind, _) in types.items())
     return [replace(shape, kept_types=kept) for shape in shapes]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.disk import expanded, kind_of, real
 from engine.errors import SourceError
 from engine.schema import InputFile
 from engine.sources.formats import SUFFIXES, is_input
@@ -66,7 +67,7 @@ def list_inputs(sources: Sequence[str], *, outside: str | None = None) -> Invent
         walked = [
             root
             for source, root in zip(sources, roots, strict=True)
-            if "**" in source or Path(absolute(source)).is_dir()
+            if "**" in source or kind_of(absolute(source), SourceError) == "folder"
         ]
         _refuse_inside(found, walked, outside)
     base = os.path.commonpath(sorted(roots))
@@ -83,7 +84,7 @@ def absolute(source: str) -> str:
         return source
     if is_remote(source):
         return normalized(source) + "/" * source.endswith("/")
-    return os.path.normpath(Path(source.removeprefix("file://")).expanduser().absolute())
+    return os.path.normpath(expanded(source))
 
 
 def location_of(base: str, path: str) -> str:
@@ -109,13 +110,14 @@ def _expand(source: str) -> tuple[str, list[str]]:
             "hf:// can be read"
         )
     path = absolute(source)
-    if Path(path).is_dir():
+    kind = kind_of(path, SourceError)
+    if kind == "folder":
         _refuse_splits(path, source)
         paths = sorted(_below(path))
         if not paths:
             raise SourceError(f"the folder {source!r} holds no files of a known format ({', '.join(SUFFIXES)})")
         return path, paths
-    if Path(path).is_file():
+    if kind == "file":
         return str(Path(path).parent), [path]
     if not glob.has_magic(path):
         raise SourceError(f"there is no file or folder {source!r}; check the path (globs need quotes)")
@@ -130,7 +132,7 @@ def _expand(source: str) -> tuple[str, list[str]]:
 
 def _refuse_splits(folder: str, source: str) -> None:
     """Refuse what a DatasetDict of Hugging Face was saved to: its splits are several sources, not one."""
-    if not Path(folder, SPLITS).is_file():
+    if kind_of(Path(folder, SPLITS), SourceError) != "file":
         return
     splits = sorted(path.parent.name for path in Path(folder).glob("*/state.json"))
     raise SourceError(
@@ -215,15 +217,15 @@ def _stat(path: str) -> os.stat_result:
 
 
 def _refuse_inside(paths: Iterable[str], walked: Iterable[str], output: str) -> None:
-    folder = Path(output.removeprefix("file://")).expanduser().resolve()
+    folder = real(expanded(output))
     for path in paths:
-        if folder in Path(path).resolve().parents:
+        if folder in real(path).parents:
             raise SourceError(
                 f"the input {path} lies inside the output {output}: a run would embed its own output; "
                 "put the output beside the source, not above it"
             )
     for root in walked:
-        if Path(root).resolve() in folder.parents:
+        if real(root) in folder.parents:
             raise SourceError(
                 f"the output {output} lies inside the source folder {root}: the next run would take its parts for inputs; "
                 "put the output beside the source"

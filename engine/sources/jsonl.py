@@ -82,7 +82,7 @@ def look(file: InputFile, first: Sequence[Chunk], selection: Selection) -> Look:
     if names:
         shown = ", ".join(list(names)[:SHOWN_COLUMNS])
         for name in selection.text_columns:
-            check_column(file, list(names), name, shown=shown)
+            check_column(file, list(names), name, selection.advice_on(name), shown=shown)
     texts = (text for name in selection.text_columns for text in values[name])
     text_bytes = sum(len(text.encode(errors="replace")) for text in texts if type(text) is str)
     types = {name: type_of(found) if found else MISSING for name, found in values.items()}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 
+from engine.disk import is_trouble
 from engine.errors import SourceError
 from engine.schema import InputFile
 from engine.sources import remote
@@ -69,6 +71,10 @@ def readable(file: InputFile, kind: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, EOFError) as error:
+        if isinstance(error, OSError) and error.errno and is_trouble(error):
+            raise SourceError(
+                f"the input {file.location} cannot be read ({os.strerror(error.errno)}): make it readable, or take it out of the source"
+            ) from None
         raise SourceError(
             f"the input {file.location} cannot be read as {kind} ({type(error).__name__}): {_ADVICE}"
         ) from None

@@ -29,7 +29,7 @@ def shape(file: InputFile, selection: Selection) -> FileShape:
     with readable(file, KIND), open_input(file) as opened, pq.ParquetFile(opened) as parquet:
         metadata, schema = parquet.metadata, parquet.schema_arrow
         for column in selection.columns:
-            check_column(file, schema.names, column)
+            check_column(file, schema.names, column, selection.advice_on(column))
         selection.check_types(schema, file.location)
         texts = selection.text_columns
         columns = [number for number in range(metadata.num_columns) if metadata.schema.column(number).path in texts]

@@ -55,6 +55,12 @@ class Selection:
         """What to read of a file, each once."""
         return list(dict.fromkeys((*self.text_columns, *self.kept, *((FAULT,) if self.has_faults else ()))))
 
+    def advice_on(self, column: str) -> str:
+        """Say what to do if there is no such column: which option names it."""
+        if column not in self.text_columns:
+            return "It is named by --id-column or --keep: correct that"
+        return "Name the text with --text-column" if self.text_template is None else "Correct --text-template"
+
     def check_types(self, schema: pa.Schema, location: str) -> None:
         """Raise SourceError if a column that the text is made of cannot be: `location` says whose schema it is."""
         for name in self.text_columns:

@@ -249,7 +249,9 @@ def check_names(names: Sequence[Any], wanted: Iterable[str]) -> None:
             raise SourceError(f"the table has {names.count(name)} columns named {name!r}; rename them")
         if name not in names:
             some = ", ".join(map(str, names[:MANY_NAMES])) + (", …" if len(names) > MANY_NAMES else "")
-            raise SourceError(f"the table has no column {name!r}; it has: {some}. Name the text by text_column")
+            raise SourceError(
+                f"the table has no column {name!r}; it has: {some}. Correct text_column, text_template, id_column or keep"
+            )
 
 
 def _is_missing(value: Any) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from abc import abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from engine.disk import expanded
 from engine.errors import ConfigError, InputRejected
 from engine.model_config import LongTexts, ModelConfig
 from engine.models.api.answers import Reply
@@ -247,7 +247,7 @@ def key_from(file: str | None, environment: str | None) -> str | None:
     if file is None:
         return environment or None
     try:
-        key = Path(file).expanduser().read_text(encoding="utf-8").strip()
+        key = expanded(file).read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
         raise ConfigError(f"key_file: {file} cannot be read where the worker runs ({type(error).__name__})") from None
     if not key:
