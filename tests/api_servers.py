@@ -224,6 +224,8 @@ def mocking(*options: str) -> Iterator[LLMock]:
                 break
             except OSError:
                 time.sleep(0.1)
+        else:
+            raise AssertionError("llmock does not answer within 30 s")
         yield server
     finally:
         process.terminate()

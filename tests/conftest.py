@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
 if TYPE_CHECKING:
@@ -21,6 +23,9 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 # Ray ends workers that are idle for a second, and a new one takes two seconds of CPU: most of what a small run costs.
 os.environ |= {"RAY_idle_worker_killing_time_threshold_ms": "600000", "RAY_num_workers_soft_limit": "8"}
 
+
+settings.register_profile("tests", deadline=None, database=None, derandomize=True)
+settings.load_profile("tests")
 
 GUIDES = "tests/test_docs.py"
 """They take minutes, and the process that has all other tests with Ray is the last one to be done."""
@@ -91,6 +96,16 @@ def shared_ray() -> Iterator[str]:
             )
     yield ray.get_runtime_context().gcs_address
     assert ray.is_initialized(), "the engine leaves a Ray of the caller's running"
+
+
+@pytest.fixture
+def engine_logger_as_it_was() -> Iterator[None]:
+    """For tests that call an actor as Ray does: it lets the engine's lines out, and here it is no process of its own."""
+    logger = logging.getLogger("engine")
+    level, handlers = logger.level, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
 
 
 @pytest.fixture(scope="module")

@@ -6,16 +6,13 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.batching import ALIKE, FULL_ENOUGH, pack, pack_for_streams, pack_in_turns
 from engine.models.token_budget import CANDIDATES
 from tests.test_tokens import of_minilm
 from tests.tiny_models import sample
-
-settings.register_profile("tests", deadline=None, database=None, derandomize=True)
-settings.load_profile("tests")
 
 LENGTHS = st.lists(st.integers(0, 700), max_size=200)
 BUDGETS = st.integers(1, 3000)

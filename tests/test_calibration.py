@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,13 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 import engine
 from engine.calibration import CALIBRATION
+from engine.config import load_config
+from engine.pipeline.calibration import Calibrator, sample_of
+from engine.survey import survey
+from tests.builders import work_for
 from tests.kills import ROOT, wait_until
 from tests.models import HashModel
 from tests.strict_server import serving
@@ -26,18 +28,15 @@ pytestmark = pytest.mark.ray
 
 DIMENSION = 32
 NUM_ROWS = 600
+OPTIONS = {
+    "model": "custom:tests.models.HashModel", "id_column": "id", "shard_rows": 20, "output_dtype": "int8", "gpus_per_actor": 4
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
-def address() -> Iterator[str]:
-    """A cluster with one GPU that is only a number: the calibrating actor has to leave it to the pool."""
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT), "OPENAI_API_KEY": "sk-of-the-cluster"}
-    ray.init(
-        address="local", num_cpus=2, num_gpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False
-    )
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
-    del os.environ["OPENAI_API_KEY"]
+def address(shared_ray: str) -> str:
+    """A cluster with GPUs that are only numbers: the calibrating actor has to leave them to the pool, whose one actor takes them all."""
+    return shared_ray
 
 
 @pytest.fixture
@@ -57,7 +56,7 @@ def test_a_job_is_calibrated_once_however_often_it_is_killed(source, tmp_path, a
     """SIGKILL after the calibration; the resume reads it, embeds no sample, and goes by its scale."""
     actors = tmp_path / "actors"
     model_args = {"dimension": DIMENSION, "env_file": str(actors), "delay_s": 0.05}
-    options = {"model": "custom:tests.models.HashModel", "id_column": "id", "shard_rows": 20, "output_dtype": "int8"}
+    options = OPTIONS
     flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     out = tmp_path / "out"
     first = subprocess.Popen(
@@ -79,7 +78,7 @@ def test_a_job_is_calibrated_once_however_often_it_is_killed(source, tmp_path, a
     assert result.num_rows + result.done_before_rows == NUM_ROWS
     lines = [line.split() for line in actors.read_text().splitlines()]
     assert len(lines) == before + 1  # that of the pool
-    assert {line[1] for line in lines} == {"0"}
+    assert {line[1] for line in lines} == {"0,1,2,3"}
     assert (out / CALIBRATION).read_bytes() == calibration
     for level in ("full", "sample"):
         verdict = engine.verify(out, level)
@@ -92,12 +91,12 @@ def test_a_job_is_calibrated_once_however_often_it_is_killed(source, tmp_path, a
     assert np.abs(found - wanted).max() < scale * 0.51
 
 
+@pytest.mark.usefixtures("engine_logger_as_it_was")
 def test_an_output_that_reuses_int8_vectors_has_their_scale_and_embeds_no_sample(source, tmp_path):
     """Of the first output that has one; its own scale it would have found from other texts, and could have reused nothing."""
-    options = {"model": "custom:tests.models.HashModel", "id_column": "id", "shard_rows": 20, "output_dtype": "int8"}
     actors = tmp_path / "actors"
-    options |= {"model_args": {"dimension": DIMENSION, "env_file": str(actors)}, "progress": False}
-    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    options = OPTIONS | {"model_args": {"dimension": DIMENSION, "env_file": str(actors)}, "progress": False}
+    first, second = tmp_path / "first", tmp_path / "second"
     engine.run(source=str(source), output=str(first), **options)
     before = len(actors.read_text().splitlines())
     write(source / "b.parquet", 40)
@@ -109,8 +108,11 @@ def test_an_output_that_reuses_int8_vectors_has_their_scale_and_embeds_no_sample
     assert (of_second["source"], of_second["usage"]) == ("reuse", None)
     assert engine.verify(second, "full").ok
     assert engine.verify(second, "sample").ok
-    engine.run(source=str(source), output=str(third), **options)
-    assert json.loads((third / CALIBRATION).read_bytes())["scale"] != of_first["scale"]
+    del options["progress"]
+    asked = survey(load_config(source=str(source), output=str(tmp_path / "third"), **options))
+    calibrator = Calibrator(work_for(asked))
+    assert calibrator.measure(sample_of(asked.standing.plan.pending)).scale != of_first["scale"]
+    calibrator.close()
 
 
 @pytest.mark.soak

@@ -8,6 +8,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,6 @@ from tests.tiny_models import (
     cosines,
     decoder_tokenizer,
     mixed,
-    packaged,
     packed,
     rows,
     save_transformer,
@@ -83,33 +83,30 @@ def refused(caplog: pytest.LogCaptureFixture) -> str:
 
 
 def test_what_openvino_cannot_convert_runs_on_torch(tmp_path, caplog):
-    """With a warning, and with the library's vectors."""
+    """
+    With a warning, and with the library's vectors; the logging of the process stays as it is.
+
+    A root logger at ERROR would swallow the very warning, and all that the process logs later.
+    """
     expected = MIXTURE.save(tmp_path).encode(mixed())
-    with caplog.at_level(logging.INFO, "engine"):
+    with caplog.at_level(logging.INFO):
+        before = root_logger()
         model = by_engine(tmp_path, "openvino")
+        assert root_logger() == before
     assert model.backend == "torch"
     assert cosines(rows(model, mixed()).vectors, expected).min() >= LEAST
     assert refused(caplog) == "backend torch: OpenVINO cannot convert gpt_oss (OpConversionFailure)"
     assert caplog.messages[-1].endswith("gpt_oss on cpu in float32 by torch: OpenVINO cannot run it")
 
 
-def test_a_conversion_that_fails_leaves_the_logging_of_the_process_as_it_is(tmp_path, caplog):
-    """A root logger at ERROR would swallow the very warning, and all that the process logs later."""
-    MIXTURE.save(tmp_path)
-    before = root_logger()
-    by_engine(tmp_path, "openvino")
-    assert root_logger() == before
-    assert "OpenVINO cannot convert" in refused(caplog)
-
-
 def test_conversions_at_once_leave_the_process_as_it_is(tmp_path):
     """And do not fail, though PyTorch's tracer knows of one at a time; one that found what another had changed would put that back."""
     before = root_logger(), ALL_MASK_ATTENTION_FUNCTIONS["eager"]
     folder = save_transformer(tmp_path, BERT, bert_tokenizer())
-    models = [with_modules(folder) for _ in range(3)]
+    models = [with_modules(folder) for _ in range(2)]
     with ThreadPoolExecutor(len(models)) as threads:
         encoders = list(threads.map(lambda model: packed(model, "openvino"), models))
-    assert [encoder.backend_name for encoder in encoders] == ["openvino"] * 3
+    assert [encoder.backend_name for encoder in encoders] == ["openvino"] * 2
     assert (root_logger(), ALL_MASK_ATTENTION_FUNCTIONS["eager"]) == before
 
 
@@ -176,18 +173,8 @@ def test_vectors_that_are_not_the_model_s_own_are_never_taken(tmp_path, caplog, 
     assert re.search(told, refused(caplog))
 
 
-def test_a_tokenizer_of_more_tokens_than_the_model_has_is_no_matter_of_the_backend(tmp_path):
-    """A special token that was added, and that no text holds, is no reason to fail as the conversion is checked."""
-    tokenizer = bert_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
-    folder = save_transformer(tmp_path, BERT, tokenizer)
-    expected = with_modules(folder).encode(mixed())
-    for backend in ("torch", "openvino"):
-        assert cosines(packed(with_modules(folder), backend)(mixed()).vectors, expected).min() >= LEAST
-
-
-def models_come_and_go() -> None:
-    models = [packaged("openvino"), packaged("openvino")]
+def models_come_and_go(folder: str) -> None:
+    models = [packed(with_modules(Path(folder)), "openvino") for _ in range(2)]
     while models:  # the first one first
         models.pop(0).close()
         gc.collect()
@@ -195,6 +182,6 @@ def models_come_and_go() -> None:
         signal.raise_signal(signal.SIGINT)
 
 
-def test_ctrl_c_is_an_exception_still_when_converted_models_are_gone():
+def test_ctrl_c_is_an_exception_still_when_converted_models_are_gone(tmp_path):
     """OpenVINO changes the stack that signals are handled on; a process that is left with one that was freed dies of the next signal."""
-    Started(models_come_and_go).result()
+    Started(models_come_and_go, str(save_transformer(tmp_path, BERT, bert_tokenizer()))).result()

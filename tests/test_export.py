@@ -53,8 +53,8 @@ def exported(path: Path) -> dict[str, np.ndarray]:
     return dict(zip(ids, vectors, strict=True))
 
 
-def check(path: Path, out: Path) -> None:
-    """Make sure that an export is the output: the same ids, with the same vectors; and that another has nothing to do."""
+def check(path: Path, out: Path, *, once_more: bool = True) -> None:
+    """Make sure that an export is the output: the same ids, with the same vectors; and that another has nothing to do, if it is asked."""
     table = engine.read(out)
     expected = dict(zip(table["id"].to_pylist(), table[EMBEDDING].to_numpy(), strict=True))
     found = exported(path)
@@ -63,9 +63,10 @@ def check(path: Path, out: Path) -> None:
         np.testing.assert_array_equal(vector, expected[name])
     if path.suffix != ".lance":
         assert list(found) == list(expected)
-    again = engine.export(out, path)
-    assert (again.num_rows, again.num_new_rows, again.num_deleted_rows) == (len(expected), 0, 0)
-    assert again.lines()["exported"] == "nothing to do: it is this output already"
+    if once_more:
+        again = engine.export(out, path)
+        assert (again.num_rows, again.num_new_rows, again.num_deleted_rows) == (len(expected), 0, 0)
+        assert again.lines()["exported"] == "nothing to do: it is this output already"
     assert not path.with_name(path.name + ".partial").exists()
 
 
@@ -336,10 +337,11 @@ def test_an_export_that_is_killed_at_any_call_is_whole_and_goes_on(tmp_path, fun
         states = [engine.read(made.out)["id"].to_pylist()]
         made.grow("a")
     states.append(engine.read(made.out)["id"].to_pylist())
-    for folder in killed_at_each_call(tmp_path / "killed", function, start=tmp_path / "start"):
+    folders = killed_at_each_call(tmp_path / "killed", function, start=tmp_path / "start")
+    for folder in folders:
         assert state(folder / to, states[0]) in states
         engine.export(folder / "out", folder / to)
-        check(folder / to, folder / "out")
+        check(folder / to, folder / "out", once_more=folder is folders[-1])
         shutil.rmtree(folder)
 
 
@@ -358,7 +360,7 @@ def state(path: Path, before: list[str] | None) -> list[str] | None:
 
 
 def test_an_export_holds_a_batch_and_not_the_output(tmp_path):
-    """Of 320 MB of vectors, a process that has exported 64 a few times, and has its buffers, needs a small share more."""
+    """Of 160 MB of vectors, a process that has exported 32 a few times, and has its buffers, needs a part more, and not all."""
     job = make_job()
     for name, num_parts in (("small", 8), ("large", 40)):
         ledger = Ledger(LocalStorage(str(tmp_path / name)))
@@ -383,8 +385,8 @@ print(peak() - before)
 
 
 def publish_large(ledger: Ledger, shard: Shard) -> None:
-    """Publish 8 MB of vectors."""
-    numbers = np.random.default_rng(shard.start).random((len(shard), 512), dtype=np.float32) + np.float32(0.1)
+    """Publish 4 MB of vectors."""
+    numbers = np.random.default_rng(shard.start).random((len(shard), 256), dtype=np.float32) + np.float32(0.1)
     rows = pa.array(range(shard.start, shard.stop), pa.int64())
     table = pa.table({"id": rows, EMBEDDING: floats(numbers), TEXT_HASH: hashes_of(rows), SOURCE_ROW: rows})
     ledger.publish(table, shard=shard, fingerprint="f", rejects=[], usage=Usage())

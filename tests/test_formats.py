@@ -40,9 +40,6 @@ from engine.storage import LocalStorage
 from engine.survey import survey
 from tests.builders import FINGERPRINT
 
-settings.register_profile("tests", deadline=None, database=None, derandomize=True)
-settings.load_profile("tests")
-
 ODD = [
     "plain",
     "two\nlines",

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -45,15 +44,12 @@ ROWS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[str]:
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+def cluster(shared_ray: str) -> str:
+    return shared_ray
 
 
 def run(source: Any, out: Path, **options: Any) -> engine.results.RunResult:
-    options = {"model": HASH, "id_column": "id", "shard_rows": 30, "num_actors": 1} | options
+    options = {"model": HASH, "id_column": "id", "shard_rows": 30, "num_actors": 1, "device": "cpu"} | options
     return engine.run(source=source, output=out, progress=False, **options)
 
 
@@ -175,7 +171,7 @@ def interrupted(source: Any, out: Path) -> None:
 
     first = partial(lambda original, *args: islice(original(*args), 1), runner.parcels)
     with patch.object(Progress, "__call__", interrupt), patch.object(runner, "parcels", first):
-        result = engine.run(source=source, output=out, model=HASH, id_column="id", num_actors=1, **SMALL)
+        result = engine.run(source=source, output=out, model=HASH, id_column="id", num_actors=1, device="cpu", **SMALL)
     assert result.num_rows
     assert result.pending_rows
 
@@ -265,7 +261,7 @@ import engine
 frame = pd.DataFrame({"id": range(400), "text": [f"text {row}" for row in range(400)]})
 engine.run(
     source=frame, output=sys.argv[1], address=sys.argv[2], progress=False, id_column="id", shard_rows=10, num_actors=1,
-    model="custom:tests.models.HashModel", model_args={"delay_s": 0.1},
+    model="custom:tests.models.HashModel", model_args={"delay_s": 0.1}, device="cpu",
 )
 """
 

@@ -78,56 +78,37 @@ def submit(address: str, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def arguments(job: Job) -> list[str]:
-    model = ["--model", "custom:tests.models.HashModel", "--model-args", json.dumps({"fail_on": "poison"})]
-    return ["--source", str(job.source), "--output", str(job.output), *model, "--id-column", "id", "--shard-rows", "20"]
-
-
-def test_a_submitted_job_embeds_and_a_second_one_finds_nothing_left(dashboard, tmp_path):
-    """The log streams progress and the summary; the engine comes with the working directory."""
-    job = Job(tmp_path, None)
-    first = submit(dashboard, "python", "jobs/embed.py", *arguments(job))
-    assert first.returncode == 0, first.stdout + first.stderr
-    log = first.stdout + first.stderr
-    assert "100%  1,200/1,200 rows" in log
-    assert "embedded  1,186 rows in 60 shards" in log
-    job.check()
-    again = submit(dashboard, "python", "jobs/embed.py", *arguments(job))
-    assert "1,200 rows were done already" in again.stdout + again.stderr
-    checked = submit(dashboard, "python", "jobs/verify.py", str(job.output), "--level", "full")
-    assert checked.returncode == 0
-    assert "verdict   good" in checked.stdout + checked.stderr
-
-
 def test_a_job_that_is_stopped_and_submitted_again_goes_on_and_says_why_another_model_is_refused(dashboard, tmp_path):
-    """It is stopped in the middle of its shards; the log and the status message have the engine's own words and exit code."""
+    """
+    It is stopped in the middle of its shards, and the second one does what is left: its log streams progress and the summary.
+
+    The engine comes with the working directory. Of what is refused, the log and the status message have the engine's own words and exit code.
+    """
     job, client = Job(tmp_path, None), JobSubmissionClient(dashboard)
     hold(tmp_path)
     model = {"folder": str(tmp_path), "fail_on": FAILING, "delay_s": 0.05}
 
     def command(**options: object) -> list[str]:
+        place = [f"--source={job.source}", f"--output={job.output}", "--id-column=id", "--shard-rows=20"]
         options = ["--model=custom:tests.ray_nodes.PlacedModel", f"--model-args={json.dumps(model | options)}"]
-        return ["python", "jobs/embed.py", *arguments(job)[:4], "--id-column=id", "--shard-rows=20", *options]
+        return ["python", "jobs/embed.py", *place, *options]
 
-    def submitted() -> str:
-        return client.submit_job(entrypoint=shlex.join(command()), runtime_env={"working_dir": str(ROOT)})
-
-    def ended(name: str) -> JobStatus:
-        wait_until(lambda: client.get_job_status(name).is_terminal())
-        return client.get_job_status(name)
-
-    first = submitted()
+    first = client.submit_job(entrypoint=shlex.join(command()), runtime_env={"working_dir": str(ROOT)})
     wait_until(lambda: job.num_committed() >= 3)
     hold(tmp_path, "all")
     client.stop_job(first)
-    assert ended(first) == JobStatus.STOPPED
+    wait_until(lambda: client.get_job_status(first).is_terminal())
+    assert client.get_job_status(first) == JobStatus.STOPPED
     num_done, num_calls = job.num_committed(), len(calls(tmp_path))
     assert 3 <= num_done < 60
     assert "rows" in client.get_job_logs(first)
     hold(tmp_path)
-    second = submitted()
-    assert ended(second) == JobStatus.SUCCEEDED
-    assert "were done already" in client.get_job_logs(second)
+    second = submit(dashboard, *command())
+    log = second.stdout + second.stderr
+    assert second.returncode == 0, log
+    assert "were done already" in log
+    assert "100%  1,200/1,200 rows" in log
+    assert f"rows in {60 - num_done} shards" in log
     job.check()
     assert len(calls(tmp_path)) - num_calls <= 60 - num_done + NUM_SEARCHED
     refused = submit(dashboard, *command(dimension=9))
@@ -139,6 +120,9 @@ def test_a_job_that_is_stopped_and_submitted_again_goes_on_and_says_why_another_
     assert "exit code 3" in log
     for told in (last.message, log):
         assert "model_args" in told
+    checked = submit(dashboard, "python", "jobs/verify.py", str(job.output), "--level", "full")
+    assert checked.returncode == 0
+    assert "verdict   good" in checked.stdout + checked.stderr
 
 
 def test_no_key_and_no_text_is_in_anything_that_a_job_writes(dashboard, tmp_path, tmp_path_factory):

@@ -215,32 +215,3 @@ def test_clusters_are_reduced_and_projected(local, summaries):
         assert {one.level for one in projected} == {0, 1}
 
     asyncio.run(story())
-
-
-@pytest.mark.ray
-def test_kuras_own_class_runs_in_the_engines_actors_and_its_vectors_go_back_into_kura(shared_ray, summaries, tmp_path):
-    """`custom:kura.embedding.…` through a run: summaries to a source, vectors into summaries, and a reject among them."""
-    import engine
-    from engine.integrations.kura_checkpoints import summaries_to_source, with_embeddings
-
-    blank = ConversationSummary(summary="nothing", chat_id="blank", metadata={})
-    source = tmp_path / "source"
-    summaries = summaries[:12]  # torch is slow where several processes want its cores
-    summaries_to_source([*summaries, blank], source, text=lambda one: one.summary if one is not blank else " ")
-    folder = str(folder_of(PACKAGED))
-    result = engine.run(
-        source=str(source), output=str(tmp_path / "out"), id_column="id", progress=False, device="cpu",
-        model="custom:kura.embedding.SentenceTransformerEmbeddingModel", model_args={"model_name": folder},
-    )  # fmt: skip
-    assert (result.num_rows, result.num_rejects) == (12, 1)
-    filled = with_embeddings([*summaries, blank, blank.model_copy(update={"chat_id": "new"})], tmp_path / "out")
-    assert filled.missing == {"blank": "blank text", "new": "not in the output"}
-    assert [one.embedding is None for one in filled.summaries] == [False] * 12 + [True] * 2
-    assert all(one.embedding is None for one in summaries)
-    own = embedded(KuraSentenceTransformer(folder), [one.summary for one in summaries])
-    np.testing.assert_allclose([one.embedding for one in filled.summaries[:12]], own, atol=2e-6)
-    items = [{"item": one, "embedding": full.embedding} for one, full in zip(summaries, filled.summaries, strict=False)]
-    clusters = asyncio.run(Descriptions().generate_clusters(KmeansClusteringMethod(4).cluster(items)))
-    assert sorted(chat_id for cluster in clusters for chat_id in cluster.chat_ids) == sorted(
-        s.chat_id for s in summaries
-    )

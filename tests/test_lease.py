@@ -8,9 +8,14 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import count, pairwise
 from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -19,7 +24,7 @@ from engine import lease
 from engine.errors import OutputInUse
 from engine.holder import Holder
 from engine.lease import LEASE, Lease, held, settled
-from engine.storage import LocalStorage
+from engine.storage import LocalStorage, Storage
 from tests.builders import PROCESSES, Started
 from tests.kills import wait_until
 
@@ -44,13 +49,35 @@ def hold(root: str, line: Connection) -> None:
         line.poll(60)
 
 
-def hold_once(root: str) -> bool:
+def hold_once(root: str, all_have_looked: Barrier) -> tuple[float, float] | None:
+    """Return from when to when it held the output, by the clock that all processes share; it goes on when all see that nobody does."""
+    epochs, looks = lease._epochs, count()
+
+    def looked(storage: Storage) -> list[int]:
+        found = epochs(storage)
+        if not next(looks):
+            all_have_looked.wait(60)
+        return found
+
     try:
-        with held(LocalStorage(root), "refuse"):
+        with patch.object(lease, "_epochs", looked), held(LocalStorage(root), "refuse"):
+            began = time.monotonic()
             time.sleep(0.3)
+            return began, time.monotonic()
     except OutputInUse:
-        return False
-    return True
+        return None
+
+
+def while_it_waits(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Do something when a run waits for the first time, which has looked before; and have it wait for moments."""
+    acts = [act]
+
+    def sleep(_seconds: float) -> None:
+        if acts:
+            acts.pop()()
+        time.sleep(0.01)
+
+    monkeypatch.setattr(lease, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
 
 
 @pytest.fixture
@@ -73,11 +100,11 @@ def test_beside_a_live_run_another_one_is_refused_and_told_who_it_is(storage, ot
             pass
 
 
-def test_a_run_that_waits_begins_when_the_other_has_left(storage, other):
+def test_a_run_that_waits_begins_when_the_other_has_left(storage, other, monkeypatch):
     """And knows that the output has changed meanwhile."""
     process, line = other
     before = settled(storage)
-    threading.Timer(1.0, line.send, ("leave",)).start()
+    while_it_waits(monkeypatch, lambda: line.send("leave"))
     with held(storage, "wait") as mine:
         assert not mine.follows(before)
     process.join(60)
@@ -168,21 +195,22 @@ def test_a_run_of_this_process_that_was_cut_off_holds_nothing(storage):
 
 def test_a_holder_elsewhere_is_dead_when_its_beat_stands_still(storage, elsewhere, monkeypatch):
     """By the clock of who watches: what the holder's clock said is never looked at."""
-    monkeypatch.setattr(lease, "LOST_S", 1.5)
+    monkeypatch.setattr(lease, "LOST_S", 0.3)
+    monkeypatch.setattr(lease, "POLL_S", 0.05)
     with held(storage, "refuse") as mine:
         assert mine.epoch == 2
 
 
-def test_a_holder_elsewhere_that_beats_is_live(storage, elsewhere):
+def test_a_holder_elsewhere_that_beats_is_live(storage, elsewhere, monkeypatch):
     """One beat that is seen is enough."""
-    threading.Timer(1.2, storage.replace, (f"{LEASE}/00000001.beat", b"2")).start()
+    while_it_waits(monkeypatch, lambda: storage.replace(f"{LEASE}/00000001.beat", b"2"))
     with pytest.raises(OutputInUse, match="far-away"), held(storage, "refuse"):
         pass
 
 
-def test_a_holder_elsewhere_that_leaves_while_it_is_watched_is_gone(storage, elsewhere):
+def test_a_holder_elsewhere_that_leaves_while_it_is_watched_is_gone(storage, elsewhere, monkeypatch):
     """A new run begins at once."""
-    threading.Timer(1.2, storage.create, (f"{LEASE}/00000001.end", b"")).start()
+    while_it_waits(monkeypatch, lambda: storage.create(f"{LEASE}/00000001.end", b""))
     with held(storage, "refuse") as mine:
         assert mine.epoch == 2
 
@@ -195,7 +223,8 @@ def start_inside(mine: Lease, other: threading.Thread) -> None:
 
 def test_a_run_that_is_taken_over_is_interrupted_and_told(storage, monkeypatch):
     """In the middle of whatever it waits for; the other one begins once it has left."""
-    monkeypatch.setattr(lease, "BEAT_S", 0.2)
+    monkeypatch.setattr(lease, "BEAT_S", 0.05)
+    monkeypatch.setattr(lease, "POLL_S", 0.05)
     done = threading.Event()
 
     def take_over() -> None:
@@ -217,7 +246,8 @@ def test_a_run_that_is_taken_over_is_interrupted_and_told(storage, monkeypatch):
 
 def test_a_run_in_the_background_of_a_script_is_interrupted_by_nothing_else(storage, monkeypatch):
     """There Ctrl-C is ignored, and stays so; the signal by which another run takes over is not."""
-    monkeypatch.setattr(lease, "BEAT_S", 0.2)
+    monkeypatch.setattr(lease, "BEAT_S", 0.05)
+    monkeypatch.setattr(lease, "POLL_S", 0.05)
 
     def take_over() -> None:
         with held(LocalStorage(storage.root), "take-over"):
@@ -239,8 +269,11 @@ def test_a_run_in_the_background_of_a_script_is_interrupted_by_nothing_else(stor
 
 def test_of_many_that_try_at_once_one_holds_the_output(storage):
     """Whoever loses the race for an epoch looks again, and finds the winner."""
-    won = [started.result() for started in [Started(hold_once, storage.root) for _ in range(6)]]
-    assert won.count(True) >= 1
+    all_have_looked = PROCESSES.Barrier(6)
+    held_by = [started.result() for started in [Started(hold_once, storage.root, all_have_looked) for _ in range(6)]]
+    turns = sorted(filter(None, held_by))
+    assert turns
+    assert all(one[1] <= other[0] for one, other in pairwise(turns)), "two held it at once"
     epochs = {path.name.partition(".")[0] for path in Path(storage.root, LEASE).iterdir()}
     assert len(epochs) <= 2
 

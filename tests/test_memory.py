@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from engine.errors import ProviderError
 from engine.models.backends.base import Batch
 from engine.models.backends.pytorch import PyTorchBackend
 from engine.models.base import Vectors
-from engine.models.encoders import Encoder, PackedEncoder
+from engine.models.encoders import Encoded, Encoder, PackedEncoder
 from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel
 from engine.models.token_budget import TokenBudget
 from engine.models.tokens import Tokenizer
@@ -183,20 +184,20 @@ def test_a_text_that_fits_only_alone_does_not_meet_other_callers_texts_either():
                     raise torch.OutOfMemoryError
                 time.sleep(0.001)
 
-    def others() -> None:
+    def others() -> Iterator[Encoded]:
         while not over.is_set():
-            assert not encoder(["7"] * 100).failed
+            yield encoder(["7"] * 100)
 
     backend = Scripted(act, num_streams=2)
     encoder = PackedEncoder(Lengths(), backend, TokenBudget("cpu", 100))
-    callers = [threading.Thread(target=others) for _ in range(2)]
-    for caller in callers:
-        caller.start()
-    answers = [encoder(["500", *["7"] * 50]) for _ in range(5)]
-    over.set()
-    for caller in callers:
-        caller.join()
-    assert [answer.failed for answer in answers] == [{}] * 5
+    with ThreadPoolExecutor(2) as threads:
+        callers = [threads.submit(lambda: list(others())) for _ in range(2)]
+        try:
+            answers = [encoder(["500", *["7"] * 50]) for _ in range(5)]
+        finally:
+            over.set()
+        answers += [answer for caller in callers for answer in caller.result()]
+    assert all(answer.failed == {} for answer in answers)
     assert backend.num_relieved > 0, "beside others it did not fit"
 
 

@@ -321,15 +321,22 @@ def test_a_lease_holds_in_a_bucket(storage, s3, monkeypatch):
     """A second run is refused, or waits; a beat costs two requests; nothing is left but the last lease's files."""
     monkeypatch.setattr(lease, "BEAT_S", 0.1)
     other = pickle.loads(pickle.dumps(storage))
+    has_entered = threading.Event()
+
+    def wait_for_it() -> None:
+        with held(other, "wait"):
+            has_entered.set()
+
     with held(storage, "refuse"):
         with pytest.raises(OutputInUse), held(other, "refuse"):
             pass
-        waiting = threading.Thread(target=lambda: held(other, "wait").__enter__().release())
+        waiting = threading.Thread(target=wait_for_it)
         waiting.start()
         s3.seen.clear()
         time.sleep(0.5)
         beats = sum(".beat" in request for request in s3.seen)
         assert beats >= 2
+        assert not has_entered.is_set()
     waiting.join(60)
-    assert not waiting.is_alive()
+    assert has_entered.is_set()
     assert {name.partition(".")[0] for name in storage.names(lease.LEASE)} == {"00000001", "00000002"}

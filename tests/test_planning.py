@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from engine.models.base import BaseEmbeddingModel
@@ -13,9 +13,6 @@ from engine.planning import MIN_SHARD_ROWS, choose_shard_rows, cut, make_plan, p
 from engine.schema import InputFile, Shard
 from engine.sources.shape import FileShape
 from tests.builders import FINGERPRINT, make_shard
-
-settings.register_profile("tests", deadline=None, database=None, derandomize=True)
-settings.load_profile("tests")
 
 GROUPS = st.lists(st.one_of(st.integers(0, 40), st.integers(0, 5000)), max_size=60)
 SHARD_ROWS = st.one_of(st.integers(1, 50), st.integers(1, 2000))

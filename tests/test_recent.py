@@ -6,17 +6,12 @@ import asyncio
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.dataset as pads
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import engine
 from engine.models.embeddings import Embeddings
 from engine.models.recent import TEXT_BYTES, Recent
 from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel
@@ -155,22 +150,3 @@ def test_a_model_with_a_vector_for_each_chunk_and_models_of_others_remember_noth
     for _ in range(2):
         rows(anything, ["a", "b"])
     assert anything.calls == [["a", "b"], ["a", "b"]]
-
-
-def test_a_run_embeds_texts_that_come_again_in_later_shards_once(tmp_path: Path):
-    """The same vectors as of a run over each of them, counted as duplicates."""
-    texts = sample("messages", 64)
-    source = tmp_path / "in.parquet"
-    pq.write_table(pa.table({"id": range(len(texts) * 8), "text": texts * 8}), source)
-    out = tmp_path / "out"
-    result = engine.run(
-        source=str(source), output=str(out), model=MINILM, id_column="id", shard_rows=64, device="cpu", progress=False
-    )
-    table = pads.dataset(out / "data").to_table(columns=["id", "embedding"]).sort_by("id")
-    vectors = np.array(table.column("embedding").to_pylist(), np.float32)
-    assert table.num_rows == len(texts) * 8
-    for number in range(1, 8):
-        part = vectors[number * len(texts) : (number + 1) * len(texts)]
-        assert cosines(part, vectors[: len(texts)]).min() >= 0.99999
-    assert result.num_duplicates >= 5 * len(texts)  # three shards may be inside the model before any has left it
-    assert engine.verify(out, "sample").ok

@@ -28,9 +28,11 @@ from engine.errors import (
     SourceError,
 )
 from engine.events import PoolStarted
+from engine.part import vectors_of
 from tests.builders import write_source
 from tests.kills import wait_until
 from tests.models import HashModel
+from tests.tiny_models import cosines, sample
 
 pytestmark = pytest.mark.ray
 
@@ -428,6 +430,35 @@ def test_long_texts_get_a_row_for_each_chunk(tmp_path):
     ends = {row["id"]: row["chunk_end"] for row in rows.to_pylist()}
     assert ends == {"a": 3, "b": len(long), "d": len(long), "e": 3, "f": 3}
     assert engine.verify(tmp_path / "out", "full").ok
-    assert engine.verify(tmp_path / "out", "sample").ok
     again = run(tmp_path / "in", tmp_path / "out", **options)
     assert (again.num_rows, again.done_before_rows, again.num_vectors) == (0, 6, 0)
+
+
+def test_a_run_embeds_texts_that_come_again_in_later_shards_once(tmp_path):
+    """The same vectors as of a run over each of them, counted as duplicates."""
+    texts = sample("messages", 64)
+    write_source(tmp_path / "in.parquet", {"id": range(len(texts) * 8), "text": texts * 8})
+    out = tmp_path / "out"
+    result = run(tmp_path / "in.parquet", out, model=MINILM, model_args={}, backend="torch", shard_rows=64)
+    vectors = np.array(table(out).column("embedding").to_pylist(), np.float32)
+    assert len(vectors) == len(texts) * 8
+    for number in range(1, 8):
+        part = vectors[number * len(texts) : (number + 1) * len(texts)]
+        assert cosines(part, vectors[: len(texts)]).min() >= 0.99999
+    assert result.num_duplicates >= 5 * len(texts)  # three shards may be inside the model before any has left it
+    assert engine.verify(out, "sample").ok
+
+
+def test_a_second_output_that_reuses_vectors_embeds_nothing(tmp_path):
+    """Through the whole engine: the plan, an index, actors that map it, and a summary that says so."""
+    texts = [f"text {row}" for row in range(50)]
+    options = {"model_args": {}, "id_column": None, "shard_rows": 20}
+    write_source(tmp_path / "a.parquet", {"text": texts})
+    run(tmp_path / "a.parquet", tmp_path / "first", **options)
+    write_source(tmp_path / "b.parquet", {"text": texts[::-1]})
+    result = run(tmp_path / "b.parquet", tmp_path / "second", reuse=[tmp_path / "first"], **options)
+    assert (result.num_rows, result.num_reused) == (50, 50)
+    assert result.as_json()["num_reused"] == 50
+    assert "50 rows" in result.lines()["reused"]
+    found = vectors_of(engine.read(tmp_path / "second", ["id", "embedding"]))
+    np.testing.assert_array_equal(found, np.stack([HashModel().vector(text) for text in texts[::-1]]))

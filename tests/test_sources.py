@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError, SourceChanged, SourceError
@@ -23,9 +23,6 @@ from engine.sources.formats import read_shapes, read_shards
 from engine.sources.inventory import list_inputs
 from engine.sources.rows import Selection
 from tests.builders import FINGERPRINT, Started, fail_below, write_source
-
-settings.register_profile("tests", deadline=None, database=None, derandomize=True)
-settings.load_profile("tests")
 
 
 def paths(*sources: object, **options) -> list[str]:

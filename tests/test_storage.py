@@ -103,20 +103,28 @@ def test_of_processes_that_create_one_name_one_wins(store):
 
 def test_a_name_is_whole_from_the_moment_it_exists(store):
     """A reader that looks all the time sees no name, or all of its bytes."""
-    lengths: set[int] = set()
-    done = threading.Event()
+    done, has_looked = threading.Event(), threading.Event()
 
-    def look() -> None:
-        while not done.is_set():
-            lengths.update(size for _, size in store.sizes("data"))
+    def look() -> set[int]:
+        lengths: set[int] = set()
+        try:
+            while not done.is_set():
+                lengths.update(size for _, size in store.sizes("data"))
+                if lengths:
+                    has_looked.set()
+        finally:
+            has_looked.set()
+        return lengths
 
-    reader = threading.Thread(target=look)
-    reader.start()
-    for number in range(50):
-        assert store.create(f"data/{number}", b"x" * SIZE)
-    done.set()
-    reader.join()
-    assert lengths <= {SIZE}
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(look)
+        try:
+            for number in range(50):
+                assert store.create(f"data/{number}", b"x" * SIZE)
+            has_looked.wait(60)
+        finally:
+            done.set()
+        assert reader.result() == {SIZE}
 
 
 def test_a_second_create_changes_nothing(any_store):

@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -237,27 +238,29 @@ def test_a_folder_is_always_seen_whole(job, monkeypatch):
     """Whoever lists it while inputs change to and fro sees all rows of one version and none of another."""
     monkeypatch.setattr(exchange, "GRACE_S", 0.5)
     whole: set[frozenset[str]] = set()
-    listings: set[frozenset[str]] = set()
     has_ended = threading.Event()
 
-    def watch() -> None:
+    def watch() -> set[frozenset[str]]:
+        listings = {frozenset(LocalStorage(job.out).names(DATA))}
         while not has_ended.is_set():
             listings.add(frozenset(LocalStorage(job.out).names(DATA)))
+        return listings
 
     job.write("a.parquet", OLD, 10**18)
     embed(job.config)
-    watcher = threading.Thread(target=watch)
-    for number in range(6):
-        whole.add(frozenset(LocalStorage(job.out).names(DATA)))
-        if not number:
-            watcher.start()
-        job.write("a.parquet", [OLD, LONGER][number % 2], (number % 2 + 1) * 10**18)
-        embed(job.config)
-        job.check()
-    has_ended.set()
-    watcher.join()
-    assert listings <= whole
+    with ThreadPoolExecutor(1) as pool:
+        watcher = pool.submit(watch)
+        try:
+            for number in range(6):
+                whole.add(frozenset(LocalStorage(job.out).names(DATA)))
+                job.write("a.parquet", [OLD, LONGER][number % 2], (number % 2 + 1) * 10**18)
+                embed(job.config)
+                job.check()
+        finally:
+            has_ended.set()
+        listings = watcher.result()
     assert len(whole) == 2
+    assert listings <= whole
 
 
 def test_who_began_to_read_before_reads_on(job):

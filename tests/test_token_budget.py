@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
+from engine.models import device_queue
 from engine.models.backends.base import Batch
 from engine.models.device_queue import Done
 from engine.models.encoders import PackedEncoder
@@ -169,21 +169,39 @@ def test_halving_never_raises_a_budget_and_never_ends_at_nothing():
 # On a device
 
 
+class Clock(threading.local):
+    """Of each stream its own, which goes on as its device says and not as long as the machine makes it wait."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+CLOCK = Clock()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_queue, "time", CLOCK)
+
+
 def overhead(batch: Batch) -> None:
     """A device on which each call costs the same: the largest batches are the best."""
-    time.sleep(0.002)
+    CLOCK.now += 0.002
 
 
 def small_cache(batch: Batch) -> None:
     """A device whose cache is soon overrun: the smallest batches are the best."""
-    time.sleep(1e-5 * batch.num_padded_tokens * (batch.num_padded_tokens / 256))
+    CLOCK.now += 1e-5 * batch.num_padded_tokens * (batch.num_padded_tokens / 256)
 
 
 def middling(batch: Batch) -> None:
     """A device that has both."""
-    time.sleep(0.002 if batch.num_padded_tokens <= MIDDLE else 0.02)
+    CLOCK.now += 0.002 if batch.num_padded_tokens <= MIDDLE else 0.02
 
 
+@pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize(("device", "taken"), [(overhead, LARGE), (small_cache, SMALL), (middling, MIDDLE)])
 def test_the_budget_is_found_on_the_job_s_own_batches(device: Callable[[Batch], None], taken):
     """No text is computed twice for it, batches of all candidates take turns, and after it there is one budget."""
@@ -246,6 +264,7 @@ def test_two_calls_at_once_are_on_trial_one_after_the_other():
     assert (of_first, of_second) == ({SMALL, MIDDLE, LARGE}, {MIDDLE})
 
 
+@pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize("texts", [[str(6 * LARGE)], [str(3 * LARGE)] * 2], ids=["one text", "two texts"])
 def test_a_call_of_fewer_texts_than_candidates_does_not_end_the_search(texts):
     """One text of thousands of tokens is one batch, of one candidate: the trial is open to the calls that come after."""
@@ -256,6 +275,7 @@ def test_a_call_of_fewer_texts_than_candidates_does_not_end_the_search(texts):
     assert encoder.budget.value == LARGE
 
 
+@pytest.mark.usefixtures("clock")
 def test_a_call_that_fails_on_trial_does_not_end_the_search(monkeypatch):
     """The machine may have had no memory for its arrays."""
     encoder = PackedEncoder(Lengths(), Scripted(overhead), TokenBudget("cpu"))

@@ -8,17 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
 from engine.models import model_files
 from engine.models.tokens import CHARACTERS_PER_TOKEN, Tokenizer, Tokens
-from tests.tiny_models import PACKAGED, sample
-
-settings.register_profile("tests", deadline=None, database=None, derandomize=True)
-settings.load_profile("tests")
+from tests.tiny_models import PACKAGED, Watched, sample
 
 FOLDER = model_files.folder_of(PACKAGED)
 LIMIT = 256
@@ -37,21 +34,6 @@ ODD = [
     "x" * 5000,
     "مرحبا بالعالم हिन्दी ไทย",
 ]
-
-
-class Watched:
-    """A fast tokenizer that keeps count of the characters that it is given."""
-
-    def __init__(self, fast: Any) -> None:
-        self.fast = fast
-        self.num_characters = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.fast, name)
-
-    def encode_batch_fast(self, texts: list[str]) -> Any:
-        self.num_characters += sum(map(len, texts))
-        return self.fast.encode_batch_fast(texts)
 
 
 @cache
@@ -165,11 +147,9 @@ def test_no_texts_have_no_tokens(minilm):
 def test_of_a_long_text_its_beginning_is_tokenized(longest):
     """The model takes 256 tokens of a conversation of 200,000 characters: a hundredth of it is read."""
     tokenizer, fast = watched(LIMIT)
-    before = fast.num_characters
+    before = fast.total
     tokenizer(longest)
-    assert (
-        fast.num_characters - before <= len(longest) * (LIMIT * CHARACTERS_PER_TOKEN + 100) < sum(map(len, longest)) / 4
-    )
+    assert fast.total - before <= len(longest) * (LIMIT * CHARACTERS_PER_TOKEN + 100) < sum(map(len, longest)) / 4
 
 
 @pytest.mark.parametrize(

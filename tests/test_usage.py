@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,15 +21,7 @@ from tests.builders import FINGERPRINT, make_shard
 from tests.test_own_encode import static
 from tests.tiny_models import BERT, MAX_LENGTH, bert_tokenizer, mixed, save_transformer, with_modules
 
-
-@pytest.fixture(autouse=True)
-def engine_logger_as_it_was() -> Iterator[None]:
-    """An actor lets the engine's lines out; here it is no process of its own."""
-    logger = logging.getLogger("engine")
-    level, handlers = logger.level, list(logger.handlers)
-    yield
-    logger.setLevel(level)
-    logger.handlers[:] = handlers
+pytestmark = pytest.mark.usefixtures("engine_logger_as_it_was")
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ import engine
 from engine.commits import Usage
 from engine.config import JobConfig, load_config
 from engine.errors import ConfigError, CorruptOutput, EngineError, Refused, SourceChanged
-from engine.ledger import COMMITS, REJECTS, Ledger, part_name, record_name, rejects_name
+from engine.ledger import REJECTS, Ledger, part_name, record_name, rejects_name
 from engine.pipeline.publish import Commits
 from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Reject, Shard, vectors_type
 from engine.storage import LocalStorage
@@ -336,7 +336,6 @@ def test_rows_in_two_parts_are_found(output):
     twin = "f" * 32
     (output.out / record_name(twin)).write_text(json.dumps(record | {"shard_id": twin, "version": "1"}))
     shutil.copy(output.out / part_name(shard_id), output.out / part_name(twin))
-    (output.out / COMMITS).exists()
     problems = [finding.problem for finding in engine.verify(output.out).findings]
     assert any("are in two parts" in problem for problem in problems)
 

@@ -113,6 +113,28 @@ def decoder_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+class Watched:
+    """A fast tokenizer that keeps count of the characters that it is given, all in all and at most at once."""
+
+    def __init__(self, fast: Any) -> None:
+        self.fast = fast
+        self.most = self.total = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.fast, name)
+
+    def _watch(self, texts: list[str]) -> None:
+        self.most, self.total = max(self.most, sum(map(len, texts))), self.total + sum(map(len, texts))
+
+    def encode_batch_fast(self, texts: list[str]) -> Any:
+        self._watch(texts)
+        return self.fast.encode_batch_fast(texts)
+
+    def encode_batch(self, texts: list[str], **options: Any) -> Any:
+        self._watch(texts)
+        return self.fast.encode_batch(texts, **options)
+
+
 # Models
 
 
