@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from datetime import UTC, datetime
 from email.utils import format_datetime
@@ -334,6 +336,39 @@ def test_no_error_quotes_a_text(status, body):
     """In whichever form the server does."""
     error = refusal(status, httpx.Headers(), orjson.dumps(body), ["other", TEXT], [KEY])
     assert "4929" not in error.message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Пациент Иванов, диагноз: рак лёгких, тел. 555-01-99",
+        "John Q\nSSN 123-45-67\nHIV+ 2024\nMRN 998877",
+        "Al\nHIV+",
+        "李小龙",
+        '😀 it\'s "me"',
+        "print('\\n'), as in C:\\new\\u0041",
+    ],
+)
+@pytest.mark.parametrize(
+    "written",
+    [str, repr, ascii, json.dumps, lambda text: json.dumps(json.dumps(text)), lambda text: repr([repr(text)])],
+)
+def test_no_error_quotes_a_text_that_was_escaped(text, written):
+    """As JSON or as Python writes it, once or twice: of the quotation only its marks are left."""
+    body = openai(f"invalid body: {written(text)} of request")
+    error = refusal(400, httpx.Headers(), orjson.dumps(body), ["other", text], [KEY])
+    assert re.fullmatch(r"the provider refuses it \(HTTP 400\): invalid body: \W*…\W* of request", error.message)
+
+
+@given(st.text(max_size=40), st.lists(st.sampled_from([repr, ascii, json.dumps]), max_size=3))
+def test_twelve_characters_of_an_escaped_text_are_never_passed_on(text, writers):
+    """Whatever the text, and however it is written."""
+    text, quoted = f"Ms Feather's {text} 4929-1234", f"Ms Feather's {text} 4929-1234"
+    for write in writers:
+        quoted = write(quoted)
+    said = scrubbed(quoted, [text])
+    assert "Feather" not in said
+    assert "4929" not in said
 
 
 def test_what_a_text_says_does_not_end_the_job():

@@ -40,8 +40,12 @@ MAX_WORDS = 160
 WINDOW = 12
 """Characters in a row of a text that give it away."""
 LEAST_QUOTED = 4
-"""Characters of a short text that is looked for as a whole: shorter ones are words that servers use."""
+"""Characters of a short ASCII text that is looked for as a whole: shorter ones are words that servers use."""
 _KEY = re.compile(r"\b(sk|pk|key|api)[-_][A-Za-z0-9_*.\-]{6,}|\b[A-Za-z0-9_\-]{32,}\b")
+_ESCAPED = re.compile(
+    r"""\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|U00((?:0[0-9a-fA-F]|10)[0-9a-fA-F]{4})|([abfnrtv"'/\\]))"""
+)
+_CONTROLS = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
 _TRY_AGAIN = re.compile(
     r"(?:try again|retry) (?:in|after) (\d[\dhms.]*)(?: ?(second|minute|millisecond))?", re.IGNORECASE
 )
@@ -125,13 +129,30 @@ def _line(words: str) -> str:
 
 
 def _anonymous(message: str, texts: Sequence[str], secrets: Sequence[str]) -> str:
+    message = _unescaped(message)
     for secret in secrets:
         message = message.replace(secret, "…") if secret else message
     message = _KEY.sub("…", message)
-    for text in texts:
-        if LEAST_QUOTED <= len(text) < WINDOW and text in message:
+    plain = [_unescaped(text) for text in texts]  # or a text in which "\\n" stands would not be found in the message
+    for text in plain:
+        if len(text) < WINDOW and (len(text) >= LEAST_QUOTED or not text.isascii()):
             message = message.replace(text, "…")
-    return _without(message, "\0".join(text for text in texts if len(text) >= WINDOW))
+    return _without(message, "\0".join(text for text in plain if len(text) >= WINDOW))
+
+
+def _unescaped(words: str) -> str:
+    """Return words as they were before they were written as JSON or as Python's repr, however often: servers quote texts so."""
+    while "\\" in words:
+        before, words = words, _ESCAPED.sub(_meant, words)
+        words = words.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # JSON's pairs of halves
+        if words == before:
+            break
+    return words
+
+
+def _meant(escaped: re.Match[str]) -> str:
+    digits = escaped[1] or escaped[2] or escaped[3]
+    return chr(int(digits, 16)) if digits else _CONTROLS.get(escaped[4], escaped[4])
 
 
 def _number(value: str | None) -> float | None:
