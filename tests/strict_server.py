@@ -400,7 +400,7 @@ class StrictServer:
         if kind == "html":
             self.statuses[200] += 1
             return web.Response(text=HTML, content_type="text/html", headers=self._limit_headers())
-        if kind in ("reset", "hang"):
+        if kind in ("reset", "hang", "raw"):
             await self._say_nothing(request, fault)
         parts = api.parts(query, self.settings, kind)
         self._pay(query, admitted_s)
@@ -443,7 +443,10 @@ class StrictServer:
         return {}
 
     async def _say_nothing(self, request: web.Request, fault: dict[str, Any]) -> None:
-        """Close the connection, or leave it open; the client's going away cancels this."""
+        """Close the connection, after what is no HTTP or after nothing, or leave it open; the client's going away cancels this."""
+        if fault["kind"] == "raw" and request.transport:
+            request.transport.write(fault["said"].encode())
+            request.transport.close()
         if fault["kind"] == "reset" and request.transport:
             request.transport.abort()
         await asyncio.sleep(fault.get("seconds", 3600))

@@ -300,6 +300,23 @@ def test_a_connection_that_breaks_is_made_again(server, connect, hasty, times):
     assert_right(connect().rows(TEXTS), TEXTS)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "upstream connect error or disconnect\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc",
+        f"HTTP/1.1 200 OK\r\nX-Long: {'a' * 20_000}\r\nContent-Length: 0\r\n\r\n",
+    ],
+    ids=["no status", "a chunk's size", "a long header"],
+)
+def test_an_answer_that_is_not_http_is_asked_for_again(server, connect, hasty, said):
+    """As one that breaks off: what stands before a server says such things while it is restarted."""
+    server.behave(faults=[{"kind": "raw", "said": said}])
+    client = connect()
+    assert_right(client.rows(TEXTS), TEXTS)
+    assert client.books.errors == ["Unavailable"]
+
+
 def test_a_hung_request_costs_its_time_out_and_nobody_else_anything(server, connect, hasty):
     """Others are answered meanwhile."""
     server.behave(faults=[{"kind": "hang", "containing": TEXTS[0]}])
@@ -495,6 +512,7 @@ QUOTING = f"bad input {SECRET!r} of key {KEY}"
         {"kind": "html", "times": -1},
         {"kind": "reset", "times": -1},
         {"kind": "hang", "times": -1},
+        {"kind": "raw", "said": f"{SECRET} {KEY}\r\n\r\n", "times": -1},
         {"kind": "short", "times": -1},
     ],
 )
