@@ -50,6 +50,15 @@ def pydantic(message: str) -> dict:
     return {"detail": [{"type": "string_too_long", "loc": ["body", "input", 0], "msg": message, "input": TEXT}]}
 
 
+def llama(message: str, code: int, kind: str) -> dict:
+    """An error of llama.cpp's server."""
+    return {"error": {"code": code, "message": message, "type": kind}}
+
+
+LLAMA_CONTEXT = "request (9412 tokens) exceeds the available context size (8192 tokens), try increasing it"
+LLAMA_BATCH = (
+    "input (992 tokens) is too large to process. increase the physical batch size (current batch size: 512)"
+)
 ON_TPM = (
     "Rate limit reached for text-embedding-3-small in organization org-x on tokens per min (TPM): Limit 1,000,000, "
     "Used 950000, Requested 60000. Please try again in 600ms. Visit https://platform.openai.com/account/rate-limits."
@@ -101,6 +110,12 @@ TRIAL = (
         (413, tei("Input validation error: `inputs` must have less than 512 tokens. Given: 600"), InputTooLong),
         (422, tei("Input validation error: `inputs` must have less than 512 tokens. Given: 600"), InputTooLong),
         (400, {"error": "the input length exceeds the context length"}, InputTooLong),
+        (400, llama(LLAMA_CONTEXT, 400, "exceed_context_size_error"), InputTooLong),
+        (400, llama(LLAMA_CONTEXT.replace("available", "slot's"), 400, "exceed_context_size_error"), InputTooLong),
+        (500, llama(LLAMA_BATCH, 500, "server_error"), InputTooLong),
+        (400, llama(LLAMA_BATCH, 400, "invalid_request_error"), InputTooLong),
+        (500, llama("input is too large to process. increase the physical batch size", 500, "x"), InputTooLong),
+        (500, llama("failed to process", 500, "server_error"), Unavailable),
         (413, b"<html><h1>413 Request Entity Too Large</h1></html>", InputTooLong),
         (400, openai("'$.input' is invalid. Please check the API reference"), InputRejected),
         (422, pydantic("Input should be a valid string"), InputRejected),

@@ -31,8 +31,11 @@ TOO_LARGE = (
 OF_INPUTS = ("array", "batch size", "inputs", "number of texts")
 TOO_LONG = (
     "maximum context length", "must have less than", "too long", "maximum input length", "exceeds the maximum",
-    "longer than the model", "max_model_len", "context length", "input length",
+    "longer than the model", "max_model_len", "context length", "input length", "exceed_context_size",
+    "available context size",
 )  # fmt: skip
+TOO_LONG_FOR_A_BATCH = "too large to process"
+"""As llama.cpp says of one text, with HTTP 400 or 500: "increase the physical batch size" is no hint that it takes fewer of them."""
 MAX_MESSAGE = 500
 """Characters of what a server says that are looked at."""
 MAX_WORDS = 160
@@ -81,6 +84,8 @@ def refusal(
             f"the provider's quota is used up (HTTP {status}): add to it, then run the same command again; "
             "what was committed is kept"
         )
+    if status in (400, 500) and TOO_LONG_FOR_A_BATCH in signals:
+        return InputTooLong(f"the provider finds it too long (HTTP {status}): {words}")
     if status in (400, 413, 422, 429) and any(signal in signals for signal in TOO_LARGE):
         of = "inputs" if any(signal in signals for signal in OF_INPUTS) else "tokens"
         return RequestTooLarge(f"the provider takes no request of this size (HTTP {status}): {words}", of=of)
