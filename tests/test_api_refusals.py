@@ -50,6 +50,11 @@ def pydantic(message: str) -> dict:
     return {"detail": [{"type": "string_too_long", "loc": ["body", "input", 0], "msg": message, "input": TEXT}]}
 
 
+def gemini(message: str, code: int, status: str) -> dict:
+    """An error of Gemini's; behind OpenAI's form of its API it is the only one of a list."""
+    return {"error": {"code": code, "message": message, "status": status}}
+
+
 def llama(message: str, code: int, kind: str) -> dict:
     """An error of llama.cpp's server."""
     return {"error": {"code": code, "message": message, "type": kind}}
@@ -68,6 +73,11 @@ TOO_LARGE_FOR_TPM = (
     "Requested 50000. The input or output tokens must be reduced in order to run successfully."
 )
 NO_MONEY = "You exceeded your current quota, please check your plan and billing details."
+PER_MINUTE = (
+    f"{NO_MONEY} For more information on this error, head to: https://ai.google.dev/gemini-api/docs/rate-limits. "
+    + "\n* Quota exceeded for metric: generativelanguage.googleapis.com/embed_content_free_tier_requests, limit: 100" * 5
+    + "\nPlease retry in 11.665902715s."
+)
 CONTEXT = "This model's maximum context length is 8192 tokens, however you requested 9000 tokens."
 AZURE = (
     "Requests to the Embeddings_Create Operation under Azure OpenAI API version 2024-02-01 have exceeded call rate "
@@ -90,6 +100,10 @@ TRIAL = (
         (429, openai("x", "billing_hard_limit_reached"), QuotaExhausted),
         (400, openai("Your account is not active.", "billing_not_active"), QuotaExhausted),
         (402, b"", QuotaExhausted),
+        (429, openai(NO_MONEY + " Please try again in 20s.", "insufficient_quota"), QuotaExhausted),
+        (429, gemini(PER_MINUTE, 429, "RESOURCE_EXHAUSTED"), RateLimited),
+        (429, [gemini(PER_MINUTE, 429, "RESOURCE_EXHAUSTED")], RateLimited),
+        (429, [gemini(NO_MONEY, 429, "RESOURCE_EXHAUSTED")], QuotaExhausted),
         (429, openai(ON_TPM, "rate_limit_exceeded", "tokens"), RateLimited),
         (429, openai(AZURE, "429"), RateLimited),
         (429, {"message": TRIAL}, RateLimited),
@@ -169,6 +183,7 @@ def test_what_a_request_has_too_many_of_is_understood(body, of):
         ),
         ("Rate limit reached for x on requests per day (RPD): Limit 200. Please try again in 7m12s.", "", None, 432),
         (AZURE, "", None, 7),
+        (PER_MINUTE, "", None, 11.665902715),
         (TRIAL, "", None, None),
     ],
 )

@@ -23,7 +23,9 @@ from engine.errors import (
 )
 from engine.models.api.limits import seconds_of
 
-NO_QUOTA = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "exceeded your current quota")
+NO_QUOTA = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
+OVER_QUOTA = "exceeded your current quota"
+"""As OpenAI says of money, and Gemini of a minute's requests: only where it does not say how long to wait, it is the end."""
 TOO_LARGE = (
     "max_tokens_per_request", "array_above_max_length", "tokens per request", "array too long", "request too large",
     "maximum allowed batch size", "batch size", "too many inputs", "total number of texts", "too many tokens in",
@@ -37,7 +39,7 @@ TOO_LONG = (
 TOO_LONG_FOR_A_BATCH = "too large to process"
 """As llama.cpp says of one text, with HTTP 400 or 500: "increase the physical batch size" is no hint that it takes fewer of them."""
 MAX_MESSAGE = 500
-"""Characters of what a server says that are looked at."""
+"""Characters of what a server says that are looked at, but for how long to wait."""
 MAX_WORDS = 160
 """Characters of what a server says that are passed on."""
 WINDOW = 12
@@ -69,17 +71,19 @@ def refusal(
         texts: That were sent: none of them is quoted.
         secrets: That must not be passed on, whatever the server says.
     """
-    message, code = _said(body)
+    said, code = _said(body)
+    message = said[:MAX_MESSAGE]
     signals = f"{code} {message}".lower()
     anonymous = _anonymous(message, texts, secrets)
     words = _line(anonymous)
-    wait_s = wait_of(headers, message)
+    wait_s = wait_of(headers, said)
     if status in (401, 403):
         return AuthenticationFailed(
             f"the provider does not accept the key (HTTP {status}): see to it where the workers run"
         )
     # this ends the job, so a text that is quoted must not have said it
-    if status == 402 or any(signal in f"{code} {anonymous}".lower() for signal in NO_QUOTA):
+    of_money = NO_QUOTA if wait_s is not None else (*NO_QUOTA, OVER_QUOTA)
+    if status == 402 or any(signal in f"{code} {anonymous}".lower() for signal in of_money):
         return QuotaExhausted(
             f"the provider's quota is used up (HTTP {status}): add to it, then run the same command again; "
             "what was committed is kept"
@@ -192,15 +196,17 @@ def _said(body: bytes) -> tuple[str, str]:
         answer = orjson.loads(body)
     except ValueError:
         return "", ""
+    if isinstance(answer, list) and len(answer) == 1:  # Gemini's
+        answer = answer[0]
     error = answer.get("error", answer) if isinstance(answer, dict) else answer
     if isinstance(error, str):
-        return error[:MAX_MESSAGE], ""
+        return error, ""
     if not isinstance(error, dict):
         return "", ""
     found = error.get("message") or error.get("detail") or ""
     if isinstance(found, list):  # pydantic's, behind FastAPI: its `input` is the text, so only `msg` is taken
         found = "; ".join(str(item.get("msg", "")) for item in found if isinstance(item, dict))
-    return str(found)[:MAX_MESSAGE], f"{error.get('code') or ''} {error.get('type') or ''}"
+    return str(found), f"{error.get('code') or ''} {error.get('type') or ''}"
 
 
 def _until(date: str) -> float | None:
