@@ -338,6 +338,31 @@ def test_an_answer_that_trickles_is_as_good_as_none(server, connect, hasty):
     assert len(client.books.sent) == 2
 
 
+def test_a_slow_server_is_sent_less_at_once_until_it_answers_in_time(server, connect, hasty):
+    """It computes also what was given up, so that full requests would never be in time; when it is quick again, they are full again."""
+    server.behave(texts_per_s=400)
+    client = connect(OWN, request_timeout_s=0.15, give_up_s=5.0, model_batch_size=64, n_concurrent_jobs=2)
+    texts = numbered(128)
+    answer = client.rows(texts)
+    assert answer.rejects == {}
+    assert_right(answer, texts)
+    assert client.books.sizes[-1] < 64
+    client.books.sent.clear()
+    server.behave(texts_per_s=None)
+    assert_right(client.rows(more := numbered(1280, "more")), more)
+    assert max(client.books.sizes) == 64
+
+
+def test_the_first_answer_tells_how_much_is_in_time(server, connect):
+    """Eight full requests at once would take a second here; no time-out has to show it."""
+    server.behave(texts_per_s=2000)
+    client = connect(OWN, request_timeout_s=0.5, model_batch_size=256, requests_per_minute=None)
+    texts = numbered(512)
+    assert_right(client.rows(texts), texts)
+    assert client.books.sizes[0] == 256
+    assert max(client.books.sizes[1:]) < 64
+
+
 def test_a_server_that_is_down_is_given_up_after_a_while(connect, hasty):
     """Nothing is rejected for it."""
     client = connect(base_url=f"http://127.0.0.1:{free_port()}/v1", give_up_s=0.5)
@@ -393,6 +418,18 @@ def test_no_text_is_rejected_for_an_outage_after_others_passed(server, connect, 
         client.rows(TEXTS)
     smallest = min(len(sent.texts) for sent in client.books.sent if sent.texts != [PROBE])
     assert smallest == 20, "and none was tried in halves, which would only be more requests"
+
+
+def test_no_text_is_rejected_while_most_requests_fail(server, connect, monkeypatch):
+    """Four in five, whatever is in them, as behind a balancer with dead servers; nor are requests cut for it again and again."""
+    monkeypatch.setattr("engine.models.api.recovery.BACKOFF_S", (0.005, 0.02))
+    server.behave(faults=[status(503, -1, share=0.8)])
+    client = connect(model_batch_size=16)
+    texts = numbered(20 * 16)
+    answer = client.rows(texts)
+    assert answer.rejects == {}
+    assert_right(answer, texts)
+    assert sum(sent.texts != [PROBE] for sent in client.books.sent) <= 250, "100 would be so on average"
 
 
 def test_no_text_is_rejected_when_the_run_is_ending(server, connect):

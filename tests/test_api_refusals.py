@@ -61,9 +61,7 @@ def llama(message: str, code: int, kind: str) -> dict:
 
 
 LLAMA_CONTEXT = "request (9412 tokens) exceeds the available context size (8192 tokens), try increasing it"
-LLAMA_BATCH = (
-    "input (992 tokens) is too large to process. increase the physical batch size (current batch size: 512)"
-)
+LLAMA_BATCH = "input (992 tokens) is too large to process. increase the physical batch size (current batch size: 512)"
 ON_TPM = (
     "Rate limit reached for text-embedding-3-small in organization org-x on tokens per min (TPM): Limit 1,000,000, "
     "Used 950000, Requested 60000. Please try again in 600ms. Visit https://platform.openai.com/account/rate-limits."
@@ -75,7 +73,8 @@ TOO_LARGE_FOR_TPM = (
 NO_MONEY = "You exceeded your current quota, please check your plan and billing details."
 PER_MINUTE = (
     f"{NO_MONEY} For more information on this error, head to: https://ai.google.dev/gemini-api/docs/rate-limits. "
-    + "\n* Quota exceeded for metric: generativelanguage.googleapis.com/embed_content_free_tier_requests, limit: 100" * 5
+    + "\n* Quota exceeded for metric: generativelanguage.googleapis.com/embed_content_free_tier_requests, limit: 100"
+    * 5
     + "\nPlease retry in 11.665902715s."
 )
 CONTEXT = "This model's maximum context length is 8192 tokens, however you requested 9000 tokens."

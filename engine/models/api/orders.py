@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -41,6 +41,9 @@ class Group:
     pieces: list[Piece]
     num_failures: int = 0
     """In a row, of any kind but a pause that the provider asked for."""
+    num_blamed: int = 0
+    """Failures in a row after which a plain sentence passed."""
+    num_timeouts: int = 0
     failed_since: float | None = None
 
     @property
@@ -54,12 +57,9 @@ class Group:
         self.failed_since = self.failed_since or time.monotonic()
 
     def halves(self) -> tuple[Group, Group]:
-        """Cut it in two."""
+        """Cut it in two, each of which has gone through the same."""
         middle = len(self.pieces) // 2
-        return (
-            Group(self.pieces[:middle], failed_since=self.failed_since),
-            Group(self.pieces[middle:], failed_since=self.failed_since),
-        )
+        return replace(self, pieces=self.pieces[:middle]), replace(self, pieces=self.pieces[middle:])
 
 
 @dataclass(slots=True, eq=False)
