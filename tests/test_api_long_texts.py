@@ -256,6 +256,14 @@ def test_blank_pieces_are_left_out():
     assert shortened("x" + " " * 100, counter=UpperBound(), how="chunk") == [("x" + " " * 52, 53)]
 
 
+def test_the_mean_is_as_long_as_the_vectors_are():
+    """Of a model whose vectors have length 1 it has that; of another it would lie apart from those of whole texts."""
+    one, two = np.eye(2, dtype=np.float32)
+    assert averaged([one, two], [1, 1]).tolist() == pytest.approx([0.5**0.5] * 2)
+    assert averaged([8 * one, 8 * two], [1, 3]).tolist() == [2, 6]
+    assert averaged([one, 8 * two], [1, 1]).tolist() == [0.5, 4]
+
+
 def test_the_mean_of_opposite_vectors_is_not_a_number_s_end():
     """Their mean is zero, which the answer's check finds, and no division by it."""
     zero = averaged([np.array([1, 0], np.float32), np.array([-1, 0], np.float32)], [5, 5])

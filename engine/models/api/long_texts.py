@@ -14,6 +14,8 @@ OVERLAP = 1 / 16
 """Of a chunk, that it shares with the one before: a sentence or two, so that what a cut goes through is whole in one of them."""
 SHORTER = 0.7
 """To which a text is cut whose tokens cannot be counted here, when the server says that it is too long; in chunks, it is halved."""
+LENGTH_1 = 1e-2
+"""By which a vector of length 1 may be off, in bfloat16 too."""
 
 TOO_LONG = "longer than the {limit} tokens that the model takes"
 
@@ -47,10 +49,11 @@ def shortened(text: str, *, counter: Counter, how: LongTexts) -> Pieces | None:
 
 
 def averaged(vectors: Sequence[npt.NDArray[np.float32]], weights: Sequence[int]) -> npt.NDArray[np.float32]:
-    """Return the mean of pieces' vectors by their tokens, scaled to length 1: shape (dimension,)."""
+    """Return the mean of pieces' vectors by their tokens, scaled to length 1 if they have that: shape (dimension,)."""
     mean = np.average(np.stack(vectors), axis=0, weights=weights)
     norm = np.linalg.norm(mean)
-    return (mean / norm if norm > 0 else mean).astype(np.float32)
+    has_length_1 = (np.abs(np.linalg.norm(vectors, axis=1) - 1) <= LENGTH_1).all()
+    return (mean / norm if has_length_1 and norm > 0 else mean).astype(np.float32)
 
 
 def _with_text(pieces: Pieces) -> Pieces:
