@@ -195,6 +195,27 @@ def test_a_text_that_the_server_finds_too_long_is_embedded_in_pieces(short_sight
     np.testing.assert_allclose(answer.vectors[2], vector("another", DIMENSION), atol=1e-6)
 
 
+@pytest.mark.parametrize("how", ["truncate", "chunk"])
+def test_a_text_is_cut_at_once_to_what_the_server_says_that_it_takes(short_sighted, connect, how):
+    """It says how many tokens the text has, too: nobody has to try shorter and shorter ones."""
+    client = connect(OWN, long_texts=how)
+    text = "so many words " * 200
+    answer = client.rows([text])
+    assert answer.rejects == {}
+    assert client.books.errors == ["InputTooLong"]
+    assert all(40 <= len(tokens_of(piece)) <= 60 for piece in passed(client))
+
+
+def test_texts_that_are_too_long_are_found_together(short_sighted, connect):
+    """Many among many: the others pass in a few requests, and not in twos and threes."""
+    client = connect(OWN)
+    texts = [f"{number} " + "word " * (100 if number % 8 == 0 else 10) for number in range(128)]
+    answer = client.rows(texts)
+    assert (answer.num_long, answer.rejects) == (16, {})
+    shorts = [sent for sent in client.books.sent if not sent.error and any(len(text) < 100 for text in sent.texts)]
+    assert len(shorts) <= 4
+
+
 def test_a_text_that_the_server_finds_too_long_is_rejected(short_sighted, connect):
     """In the server's words, alone."""
     answer = connect(OWN, long_texts="reject").rows(TEXTS)

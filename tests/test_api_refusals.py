@@ -171,6 +171,31 @@ def test_what_a_request_has_too_many_of_is_understood(body, of):
 
 
 @pytest.mark.parametrize(
+    ("body", "share"),
+    [
+        (openai(CONTEXT), 8192 / 9000),
+        (vllm("This model's maximum context length is 512 tokens. However, you requested 600 tokens in"), 512 / 600),
+        (
+            vllm("This model's maximum context length is 512 tokens. However, your request has 600 input tokens"),
+            512 / 600,
+        ),
+        (tei("Input validation error: `inputs` must have less than 512 tokens. Given: 600"), 512 / 600),
+        (llama(LLAMA_CONTEXT, 400, "exceed_context_size_error"), 8192 / 9412),
+        (llama(LLAMA_BATCH, 400, "server_error"), 512 / 992),
+        (llama("input is too large to process. increase the physical batch size", 400, "x"), None),
+        ({"error": "the input length exceeds the context length"}, None),
+        (openai("This model's maximum context length is 512 tokens, however you requested 12"), None),
+        (openai("This model's maximum context length is 0 tokens, however you requested 0"), None),
+    ],
+)
+def test_how_much_of_a_text_is_taken_is_understood(body, share):
+    """Where the server says how many tokens there are, and may be; and that makes sense."""
+    error = refusal(400, httpx.Headers(), orjson.dumps(body), [TEXT])
+    assert isinstance(error, InputTooLong)
+    assert error.share == share
+
+
+@pytest.mark.parametrize(
     ("message", "of", "limit", "wait_s"),
     [
         (ON_TPM, "tokens", 1_000_000, 0.6),

@@ -164,9 +164,12 @@ class Recovery:
                 self.max_inputs = min(self.max_inputs, max(len(group.pieces) // 2, 1))
             elif isinstance(error, RequestTooLarge):
                 self._weight_taken = min(self._weight_taken, max(group.weight / 2, 1))
+            else:
+                group.pieces.sort(key=lambda piece: piece.weight)  # so that one half may pass as it is
         elif isinstance(error, InputTooLong):
             piece = group.pieces[0]
-            shorter = shortened(piece.text, counter=self._manners.counter, how=self._manners.long_texts)
+            how, counter = self._manners.long_texts, self._manners.counter
+            shorter = shortened(piece.text, counter=counter, how=how, share=error.share)
             if shorter:
                 for again in piece.order.refit(piece, shorter):
                     self._send_again(Group([again]))

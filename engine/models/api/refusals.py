@@ -38,6 +38,16 @@ TOO_LONG = (
 )  # fmt: skip
 TOO_LONG_FOR_A_BATCH = "too large to process"
 """As llama.cpp says of one text, with HTTP 400 or 500: "increase the physical batch size" is no hint that it takes fewer of them."""
+_PAIRS = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"maximum context length is (?P<limit>\d{1,9})\D+(?P<given>\d{1,9})",
+        r"less than (?P<limit>\d{1,9}) tokens\W+given\W+(?P<given>\d{1,9})",
+        r"\((?P<given>\d{1,9}) tokens\) exceeds the available context size \((?P<limit>\d{1,9})",
+        r"\((?P<given>\d{1,9}) tokens\) is too large to process\D+(?P<limit>\d{1,9})",
+    )
+)
+"""How servers say how many tokens a text has, and how many it may have."""
 MAX_MESSAGE = 500
 """Characters of what a server says that are looked at, but for how long to wait."""
 MAX_WORDS = 160
@@ -89,7 +99,7 @@ def refusal(
             "what was committed is kept"
         )
     if status in (400, 500) and TOO_LONG_FOR_A_BATCH in signals:
-        return InputTooLong(f"the provider finds it too long (HTTP {status}): {words}")
+        return InputTooLong(f"the provider finds it too long (HTTP {status}): {words}", _share(anonymous))
     if status in (400, 413, 422, 429) and any(signal in signals for signal in TOO_LARGE):
         of = "inputs" if any(signal in signals for signal in OF_INPUTS) else "tokens"
         return RequestTooLarge(f"the provider takes no request of this size (HTTP {status}): {words}", of=of)
@@ -98,7 +108,7 @@ def refusal(
         of, limit = (named[1].lower(), float(named[2].replace(",", ""))) if named else ("", None)
         return RateLimited(f"the provider asks to wait (HTTP 429): {words}", wait_s, of=of, limit=limit)
     if status == 413 or (status in (400, 422) and any(signal in signals for signal in TOO_LONG)):
-        return InputTooLong(f"the provider finds it too long (HTTP {status}): {words}")
+        return InputTooLong(f"the provider finds it too long (HTTP {status}): {words}", _share(anonymous))
     if status in (400, 422):
         return InputRejected(f"the provider refuses it (HTTP {status}): {words}")
     if status in (408, 409, 425) or status >= 500:
@@ -108,6 +118,13 @@ def refusal(
             f"the provider has no such model or address (HTTP 404): {words}. Mend --model or --base-url"
         )
     return ProviderError(f"the provider answers with HTTP {status}: {words}")
+
+
+def _share(words: str) -> float | None:
+    """Return which share of a text's tokens the model takes, if a server says both numbers."""
+    found = next((pair for pattern in _PAIRS if (pair := pattern.search(words))), None)
+    limit, given = (int(found["limit"]), int(found["given"])) if found else (0, 0)
+    return limit / given if 0 < limit < given else None
 
 
 def wait_of(headers: Mapping[str, str], message: str = "") -> float | None:
