@@ -31,6 +31,9 @@ SHARDS_BEYOND_REQUESTS = 2
 GIVE_UP_S = 1800.0
 REQUEST_TIMEOUT_S = 60.0
 
+ADMIT_EVERY_S = 0.5
+"""An order asks whether it may begin, while the money may all be needed for others."""
+
 
 class ApiEmbeddingModel(BaseEmbeddingModel):
     """
@@ -202,7 +205,8 @@ class ApiEmbeddingModel(BaseEmbeddingModel):
             elif found[0][0] != self._prompt + text:
                 order.long.add(number)
         num_tokens = order.num_tokens
-        budget_weight = await self._budget.admit(num_tokens)
+        while not (budget_weight := await self._budget.admit(num_tokens)):  # noqa: ASYNC110 - it may be in another process
+            await asyncio.sleep(ADMIT_EVERY_S)
         is_done = False
         try:
             if pieces:
