@@ -60,6 +60,16 @@ def llama(message: str, code: int, kind: str) -> dict:
     return {"error": {"code": code, "message": message, "type": kind}}
 
 
+MISTRAL = {
+    "object": "error",
+    "message": "Too many tokens overall, split into more batches.",
+    "type": "invalid_request_prompt",
+    "code": "3210",
+}
+VOYAGE = (
+    "Request to model 'voyage-3' failed. The max allowed tokens per submitted batch is 120000. Your batch has 150000 "
+    "tokens after truncation. Please lower the number of tokens in the batch."
+)
 LLAMA_CONTEXT = "request (9412 tokens) exceeds the available context size (8192 tokens), try increasing it"
 LLAMA_BATCH = "input (992 tokens) is too large to process. increase the physical batch size (current batch size: 512)"
 ON_TPM = (
@@ -161,6 +171,14 @@ def test_what_servers_say_is_understood(status, body, expected):
         (openai("Invalid 'input': array too long.", "array_above_max_length"), "inputs"),
         (tei("batch size 64 > maximum allowed batch size 32"), "inputs"),
         ({"message": "invalid request: total number of texts must be at most 96 - received 97"}, "inputs"),
+        (
+            gemini("* BatchEmbedContentsRequest.requests: at most 100 requests can be in one batch\n", 400, "X"),
+            "inputs",
+        ),
+        (MISTRAL, "tokens"),
+        (MISTRAL | {"message": "Too many inputs in request, split into more batches."}, "inputs"),
+        ({"detail": VOYAGE}, "tokens"),
+        ({"detail": "The batch size limit is 1000. Your batch size is 2048."}, "inputs"),
     ],
 )
 def test_what_a_request_has_too_many_of_is_understood(body, of):
@@ -168,6 +186,19 @@ def test_what_a_request_has_too_many_of_is_understood(body, of):
     error = refusal(400, httpx.Headers(), orjson.dumps(body), [TEXT])
     assert isinstance(error, RequestTooLarge)
     assert error.of == of
+
+
+@pytest.mark.parametrize(
+    ("body", "texts", "expected"),
+    [
+        (b"<html><h1>413 Request Entity Too Large</h1></html>", [TEXT, "other"], RequestTooLarge),
+        (b"<html><h1>413 Request Entity Too Large</h1></html>", [TEXT], InputTooLong),
+        (b'{"error": "`inputs` must have less than 512 tokens. Given: 600"}', [TEXT, "other"], InputTooLong),
+    ],
+)
+def test_a_request_of_too_many_bytes_is_not_one_text_s_fault(body, texts, expected):
+    """What stands before a server has no other words for it; the server itself says what it means."""
+    assert type(refusal(413, httpx.Headers(), body, texts)) is expected
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,8 @@ class Dispatcher:
 
     def _cut(self, group: Group) -> Group:
         """Return what may be sent at once of a request that was put together before smaller ones were found to be better."""
-        while len(group.pieces) > 1 and group.weight > self._recovery.max_weight:
+        known = self._recovery
+        while len(group.pieces) > 1 and (len(group.pieces) > known.max_inputs or group.weight > known.max_weight):
             group, rest = group.halves()
             self._again.appendleft(rest)
         return group

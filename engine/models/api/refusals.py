@@ -29,8 +29,9 @@ OVER_QUOTA = "exceeded your current quota"
 TOO_LARGE = (
     "max_tokens_per_request", "array_above_max_length", "tokens per request", "array too long", "request too large",
     "maximum allowed batch size", "batch size", "too many inputs", "total number of texts", "too many tokens in",
+    "in one batch", "too many tokens overall", "tokens per submitted batch",
 )  # fmt: skip
-OF_INPUTS = ("array", "batch size", "inputs", "number of texts")
+OF_INPUTS = ("array", "batch size", "inputs", "number of texts", "in one batch")
 TOO_LONG = (
     "maximum context length", "must have less than", "too long", "maximum input length", "exceeds the maximum",
     "longer than the model", "max_model_len", "context length", "input length", "exceed_context_size",
@@ -100,14 +101,17 @@ def refusal(
         )
     if status in (400, 500) and TOO_LONG_FOR_A_BATCH in signals:
         return InputTooLong(f"the provider finds it too long (HTTP {status}): {words}", _share(anonymous))
-    if status in (400, 413, 422, 429) and any(signal in signals for signal in TOO_LARGE):
+    is_too_long = any(signal in signals for signal in TOO_LONG)
+    is_too_large = status in (400, 413, 422, 429) and any(signal in signals for signal in TOO_LARGE)
+    # without words it is from what stands before a server, and counts bytes
+    if is_too_large or (status == 413 and len(texts) > 1 and not is_too_long):
         of = "inputs" if any(signal in signals for signal in OF_INPUTS) else "tokens"
         return RequestTooLarge(f"the provider takes no request of this size (HTTP {status}): {words}", of=of)
     if status == 429:
         named = _LIMIT.search(message)
         of, limit = (named[1].lower(), float(named[2].replace(",", ""))) if named else ("", None)
         return RateLimited(f"the provider asks to wait (HTTP 429): {words}", wait_s, of=of, limit=limit)
-    if status == 413 or (status in (400, 422) and any(signal in signals for signal in TOO_LONG)):
+    if status == 413 or (status in (400, 422) and is_too_long):
         return InputTooLong(f"the provider finds it too long (HTTP {status}): {words}", _share(anonymous))
     if status in (400, 422):
         return InputRejected(f"the provider refuses it (HTTP {status}): {words}")
