@@ -197,7 +197,7 @@ def test_a_request_with_too_many_texts_is_cut_in_two(server, connect, compat):
 # One text
 
 
-@pytest.mark.parametrize("code", [400, 422])
+@pytest.mark.parametrize("code", [400, 422, 498])
 def test_a_text_that_is_refused_is_found_by_halving(server, connect, code):
     """It alone is rejected, with the server's words, and the others are paid for once."""
     texts = numbered(512)
@@ -229,7 +229,7 @@ def test_embed_says_which_text_is_refused(server, connect):
         asyncio.run(connect().model.embed(TEXTS))
 
 
-@pytest.mark.parametrize("code", [400, 413, 422])
+@pytest.mark.parametrize("code", [400, 413, 418, 422, 498])
 def test_a_server_that_refuses_everything_ends_the_run(server, connect, code):
     """Before thousands of texts are tried one by one."""
     server.behave(faults=[status(code, -1, message="input cannot be processed")])

@@ -143,6 +143,8 @@ TRIAL = (
         (400, openai("'$.input' is invalid. Please check the API reference"), InputRejected),
         (422, pydantic("Input should be a valid string"), InputRejected),
         (400, b"", InputRejected),
+        (498, {"message": "blocked input"}, InputRejected),
+        (451, b"", InputRejected),
         (404, openai("The model `x` does not exist", "model_not_found"), ProviderError),
         (404, {"error": 'model "x" not found, try pulling it first'}, ProviderError),
         (404, {"detail": "Not Found"}, ProviderError),

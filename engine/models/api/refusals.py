@@ -39,6 +39,8 @@ TOO_LONG = (
 )  # fmt: skip
 TOO_LONG_FOR_A_BATCH = "too large to process"
 """As llama.cpp says of one text, with HTTP 400 or 500: "increase the physical batch size" is no hint that it takes fewer of them."""
+OF_NO_TEXT = (405, 424)
+"""Statuses that end the job, without a plain sentence being sent to see whether others pass."""
 _PAIRS = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
@@ -113,14 +115,14 @@ def refusal(
         return RateLimited(f"the provider asks to wait (HTTP 429): {words}", wait_s, of=of, limit=limit)
     if status == 413 or (status in (400, 422) and is_too_long):
         return InputTooLong(f"the provider finds it too long (HTTP {status}): {words}", _share(anonymous))
-    if status in (400, 422):
-        return InputRejected(f"the provider refuses it (HTTP {status}): {words}")
     if status in (408, 409, 425) or status >= 500:
         return Unavailable(f"the provider fails (HTTP {status}): {words}", wait_s)
     if status == 404:
         return ProviderError(
             f"the provider has no such model or address (HTTP 404): {words}. Mend --model or --base-url"
         )
+    if 400 <= status < 500 and status not in OF_NO_TEXT:  # 400, 422, Cohere's 498 and whatever else there is
+        return InputRejected(f"the provider refuses it (HTTP {status}): {words}")
     return ProviderError(f"the provider answers with HTTP {status}: {words}")
 
 
