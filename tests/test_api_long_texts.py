@@ -90,6 +90,18 @@ def test_a_text_of_millions_of_characters_is_cut_too(server, connect, text):
     assert answer.rejects == {}
 
 
+def test_rows_that_are_cut_and_tokens_that_are_lost_are_counted(server, connect):
+    """Of each row, also where several have one text; nothing is lost in chunks, nor known where only the server counts."""
+    texts = [SHORT, WORDS, CJK, WORDS]
+    lost = {at: len(tokens_of(texts[at])) - len(tokens_of(cut(texts[at]))) for at in (1, 2, 3)}
+    answer = connect().rows(texts)
+    assert answer.lost == lost
+    assert (answer.num_long, answer.num_lost_tokens) == (3, sum(lost.values()))
+    assert connect(long_texts="chunk").rows(texts).lost == {1: 0, 2: 0, 3: 0}
+    server.behave(compat="tei", max_input_tokens=60)
+    assert connect(OWN).rows([SHORT, LONG, LONG]).lost == {1: 0, 2: 0}
+
+
 # In chunks
 
 
