@@ -138,7 +138,17 @@ class InputRejected(ProviderError):
 
 
 class InputTooLong(InputRejected):
-    """One text is longer than the model takes."""
+    """
+    One text is longer than the model takes.
+
+    Args:
+        message: What is wrong.
+        share: Of its tokens, that the model takes of the longest one; None if the provider does not say.
+    """
+
+    def __init__(self, message: str, share: float | None = None) -> None:
+        super().__init__(message)
+        self.share = share
 
 
 class Stopped(ProviderError):

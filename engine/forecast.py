@@ -60,7 +60,7 @@ def forecast(config: JobConfig, plan: Plan, index: Callable[[], ReuseIndex | Non
     for texts, num_rejects in _texts(config, sample):
         new = texts if former is None else _unknown(texts, former)
         found.num_reused += len(texts) - len(new)
-        numbers, pieces = terms.prepared(new, config.prompt or "", config.long_texts)
+        numbers, pieces, _ = terms.prepared(new, config.prompt or "", config.long_texts)
         found.num_rejects += num_rejects
         found.num_texts += len(pieces)
         found.num_duplicates += len(numbers) - len(pieces)

@@ -52,6 +52,9 @@ class Settings:
     dimension: int = 1536
     max_input_tokens: int = 8192
     max_inputs: int = MAX_INPUTS
+    texts_per_s: float | None = (
+        None  # one request after the other; what a client does not wait for is computed all the same
+    )
     constant: bool = False  # one vector for all texts, and bodies from a cache
     faults: list[dict[str, Any]] = field(default_factory=list)
 
@@ -312,6 +315,8 @@ class StrictServer:
         self.counts, self.statuses, self.paid = Counter[str](), Counter[int](), Counter[int]()
         self.accepted: list[tuple[float, int]] = []
         self.max_inputs = self.concurrent_max = 0
+        self.random = random.Random(0)
+        self.busy_until = 0.0
         self.fill()
 
     def fill(self) -> None:
@@ -390,7 +395,7 @@ class StrictServer:
         self.max_inputs = max(self.max_inputs, len(query.texts))
         self._admit(query)
         admitted_s, fault = time.monotonic(), self._next_fault(query)
-        await asyncio.sleep(self.settings.latency_s)
+        await asyncio.sleep(self.settings.latency_s + self._busy_s(query))
         kind = fault.get("kind")
         query.odd = next((at for at, text in enumerate(query.texts) if fault.get("containing", "") in text), 0)
         if kind == "status":
@@ -400,7 +405,7 @@ class StrictServer:
         if kind == "html":
             self.statuses[200] += 1
             return web.Response(text=HTML, content_type="text/html", headers=self._limit_headers())
-        if kind in ("reset", "hang"):
+        if kind in ("reset", "hang", "raw"):
             await self._say_nothing(request, fault)
         parts = api.parts(query, self.settings, kind)
         self._pay(query, admitted_s)
@@ -423,6 +428,14 @@ class StrictServer:
         for name, bucket in self.buckets.items():
             bucket.level -= amounts[name]
 
+    def _busy_s(self, query: Query) -> float:
+        """Seconds until a request is computed, after all that came before."""
+        if not self.settings.texts_per_s:
+            return 0.0
+        now = time.monotonic()
+        self.busy_until = max(self.busy_until, now) + len(query.texts) / self.settings.texts_per_s
+        return self.busy_until - now
+
     def _limit_headers(self) -> dict[str, str]:
         headers = {}
         for name, bucket in self.buckets.items() if self.settings.limit_headers else ():
@@ -432,10 +445,12 @@ class StrictServer:
         return headers
 
     def _next_fault(self, query: Query) -> dict[str, Any]:
-        """The first fault with times left that concerns a request, by its texts or as it asks for base64; {} if none does."""
+        """The first fault with times left that concerns a request, by chance, by its texts or as it asks for base64; or {}."""
         for fault in self.settings.faults:
             part = fault.get("containing")
             if fault.get("base64") and not query.base64:
+                continue
+            if self.random.random() >= fault.get("share", 1):
                 continue
             if fault.setdefault("times", 1) and (part is None or any(part in text for text in query.texts)):
                 fault["times"] -= fault["times"] > 0
@@ -443,7 +458,10 @@ class StrictServer:
         return {}
 
     async def _say_nothing(self, request: web.Request, fault: dict[str, Any]) -> None:
-        """Close the connection, or leave it open; the client's going away cancels this."""
+        """Close the connection, after what is no HTTP or after nothing, or leave it open; the client's going away cancels this."""
+        if fault["kind"] == "raw" and request.transport:
+            request.transport.write(fault["said"].encode())
+            request.transport.close()
         if fault["kind"] == "reset" and request.transport:
             request.transport.abort()
         await asyncio.sleep(fault.get("seconds", 3600))

@@ -465,6 +465,9 @@ def test_orders_stop_before_the_most_tokens_are_passed(clock):
         await budget.admit(60, client="a")
         await budget.dismiss(60, 30, is_done=True, client="a")
         await budget.admit(60, client="b")
+        assert not await budget.admit(11, client="a"), "it has to wait for what the other really costs"
+        await budget.acquire(60)
+        await budget.dismiss(60, 60, is_done=True, client="b")
         with pytest.raises(Stopped, match="--max-cost"):
             await budget.admit(11, client="a")
         with pytest.raises(Stopped, match="--max-cost"):
@@ -473,14 +476,29 @@ def test_orders_stop_before_the_most_tokens_are_passed(clock):
 
     clock.run_until_complete(orders())
     standing = clock.run_until_complete(budget.standing())
-    assert (standing.num_open, standing.num_done) == (1, 1)
+    assert (standing.num_open, standing.num_done) == (0, 2)
     assert isinstance(standing.stopped_by, Stopped)
+
+
+def test_orders_stop_when_those_that_they_wait_for_are_lost(clock):
+    """An actor died with them: nothing is heard of them, and what they cost is not known."""
+    budget = Budget(max_tokens=100)
+
+    async def lost() -> None:
+        await budget.admit(60, client="a")
+        assert not await budget.admit(60, client="b")
+        await asyncio.sleep(budget.lost_s + 1)
+        with pytest.raises(Stopped, match="--max-cost"):
+            await budget.admit(60, client="b")
+
+    clock.run_until_complete(lost())
 
 
 def test_the_most_tokens_may_all_be_spent(clock):
     """To the last."""
     budget = Budget(max_tokens=100)
-    clock.run_until_complete(budget.admit(100))
+    assert clock.run_until_complete(budget.admit(100))
+    clock.run_until_complete(budget.dismiss(100, 100, is_done=True))
     with pytest.raises(Stopped):
         clock.run_until_complete(budget.admit(1))
 
@@ -593,6 +611,17 @@ def test_only_orders_that_are_paid_and_waited_for_are_told_as_done(server, conne
     client.rows(numbered(3))
     standing = asyncio.run(budget.standing())
     assert (standing.num_open, standing.num_done) == (0, 1)
+
+
+def test_money_that_is_reserved_for_others_is_waited_for(server, cohere, monkeypatch):
+    """Where tokens can only be bounded, each order costs a quarter of what it is admitted for."""
+    monkeypatch.setattr("engine.models.api.model.ADMIT_EVERY_S", 0.01)
+    server.behave(latency_s=0.05)
+    calls = [["many words and more of them " * 20 + f"{call}"] for call in range(6)]
+    client, bound = cohere(), len(calls[0][0])
+    client.model.share(Budget(Limits(6000), max_tokens=3 * bound))
+    assert all(len(answer.vectors) == 1 for answer in client.at_once(*calls))
+    assert server.stats()["tokens_paid"] <= 3 * bound
 
 
 @pytest.mark.parametrize("given_limit", [True, False], ids=["given", "learned"])

@@ -197,7 +197,7 @@ def test_a_request_with_too_many_texts_is_cut_in_two(server, connect, compat):
 # One text
 
 
-@pytest.mark.parametrize("code", [400, 422])
+@pytest.mark.parametrize("code", [400, 422, 498])
 def test_a_text_that_is_refused_is_found_by_halving(server, connect, code):
     """It alone is rejected, with the server's words, and the others are paid for once."""
     texts = numbered(512)
@@ -229,7 +229,7 @@ def test_embed_says_which_text_is_refused(server, connect):
         asyncio.run(connect().model.embed(TEXTS))
 
 
-@pytest.mark.parametrize("code", [400, 413, 422])
+@pytest.mark.parametrize("code", [400, 413, 418, 422, 498])
 def test_a_server_that_refuses_everything_ends_the_run(server, connect, code):
     """Before thousands of texts are tried one by one."""
     server.behave(faults=[status(code, -1, message="input cannot be processed")])
@@ -300,6 +300,23 @@ def test_a_connection_that_breaks_is_made_again(server, connect, hasty, times):
     assert_right(connect().rows(TEXTS), TEXTS)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "upstream connect error or disconnect\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc",
+        f"HTTP/1.1 200 OK\r\nX-Long: {'a' * 20_000}\r\nContent-Length: 0\r\n\r\n",
+    ],
+    ids=["no status", "a chunk's size", "a long header"],
+)
+def test_an_answer_that_is_not_http_is_asked_for_again(server, connect, hasty, said):
+    """As one that breaks off: what stands before a server says such things while it is restarted."""
+    server.behave(faults=[{"kind": "raw", "said": said}])
+    client = connect()
+    assert_right(client.rows(TEXTS), TEXTS)
+    assert client.books.errors == ["Unavailable"]
+
+
 def test_a_hung_request_costs_its_time_out_and_nobody_else_anything(server, connect, hasty):
     """Others are answered meanwhile."""
     server.behave(faults=[{"kind": "hang", "containing": TEXTS[0]}])
@@ -319,6 +336,31 @@ def test_an_answer_that_trickles_is_as_good_as_none(server, connect, hasty):
     assert_right(client.rows(TEXTS), TEXTS)
     assert server.texts(TEXTS[:1]) == [2], "it was computed twice"
     assert len(client.books.sent) == 2
+
+
+def test_a_slow_server_is_sent_less_at_once_until_it_answers_in_time(server, connect, hasty):
+    """It computes also what was given up, so that full requests would never be in time; when it is quick again, they are full again."""
+    server.behave(texts_per_s=400)
+    client = connect(OWN, request_timeout_s=0.15, give_up_s=5.0, model_batch_size=64, n_concurrent_jobs=2)
+    texts = numbered(128)
+    answer = client.rows(texts)
+    assert answer.rejects == {}
+    assert_right(answer, texts)
+    assert client.books.sizes[-1] < 64
+    client.books.sent.clear()
+    server.behave(texts_per_s=None)
+    assert_right(client.rows(more := numbered(1280, "more")), more)
+    assert max(client.books.sizes) == 64
+
+
+def test_the_first_answer_tells_how_much_is_in_time(server, connect):
+    """Eight full requests at once would take a second here; no time-out has to show it."""
+    server.behave(texts_per_s=2000)
+    client = connect(OWN, request_timeout_s=0.5, model_batch_size=256, requests_per_minute=None)
+    texts = numbered(512)
+    assert_right(client.rows(texts), texts)
+    assert client.books.sizes[0] == 256
+    assert max(client.books.sizes[1:]) < 64
 
 
 def test_a_server_that_is_down_is_given_up_after_a_while(connect, hasty):
@@ -376,6 +418,18 @@ def test_no_text_is_rejected_for_an_outage_after_others_passed(server, connect, 
         client.rows(TEXTS)
     smallest = min(len(sent.texts) for sent in client.books.sent if sent.texts != [PROBE])
     assert smallest == 20, "and none was tried in halves, which would only be more requests"
+
+
+def test_no_text_is_rejected_while_most_requests_fail(server, connect, monkeypatch):
+    """Four in five, whatever is in them, as behind a balancer with dead servers; nor are requests cut for it again and again."""
+    monkeypatch.setattr("engine.models.api.recovery.BACKOFF_S", (0.005, 0.02))
+    server.behave(faults=[status(503, -1, share=0.8)])
+    client = connect(model_batch_size=16)
+    texts = numbered(20 * 16)
+    answer = client.rows(texts)
+    assert answer.rejects == {}
+    assert_right(answer, texts)
+    assert sum(sent.texts != [PROBE] for sent in client.books.sent) <= 250, "100 would be so on average"
 
 
 def test_no_text_is_rejected_when_the_run_is_ending(server, connect):
@@ -495,6 +549,7 @@ QUOTING = f"bad input {SECRET!r} of key {KEY}"
         {"kind": "html", "times": -1},
         {"kind": "reset", "times": -1},
         {"kind": "hang", "times": -1},
+        {"kind": "raw", "said": f"{SECRET} {KEY}\r\n\r\n", "times": -1},
         {"kind": "short", "times": -1},
     ],
 )

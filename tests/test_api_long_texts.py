@@ -90,6 +90,18 @@ def test_a_text_of_millions_of_characters_is_cut_too(server, connect, text):
     assert answer.rejects == {}
 
 
+def test_rows_that_are_cut_and_tokens_that_are_lost_are_counted(server, connect):
+    """Of each row, also where several have one text; nothing is lost in chunks, nor known where only the server counts."""
+    texts = [SHORT, WORDS, CJK, WORDS]
+    lost = {at: len(tokens_of(texts[at])) - len(tokens_of(cut(texts[at]))) for at in (1, 2, 3)}
+    answer = connect().rows(texts)
+    assert answer.lost == lost
+    assert (answer.num_long, answer.num_lost_tokens) == (3, sum(lost.values()))
+    assert connect(long_texts="chunk").rows(texts).lost == {1: 0, 2: 0, 3: 0}
+    server.behave(compat="tei", max_input_tokens=60)
+    assert connect(OWN).rows([SHORT, LONG, LONG]).lost == {1: 0, 2: 0}
+
+
 # In chunks
 
 
@@ -195,6 +207,27 @@ def test_a_text_that_the_server_finds_too_long_is_embedded_in_pieces(short_sight
     np.testing.assert_allclose(answer.vectors[2], vector("another", DIMENSION), atol=1e-6)
 
 
+@pytest.mark.parametrize("how", ["truncate", "chunk"])
+def test_a_text_is_cut_at_once_to_what_the_server_says_that_it_takes(short_sighted, connect, how):
+    """It says how many tokens the text has, too: nobody has to try shorter and shorter ones."""
+    client = connect(OWN, long_texts=how)
+    text = "so many words " * 200
+    answer = client.rows([text])
+    assert answer.rejects == {}
+    assert client.books.errors == ["InputTooLong"]
+    assert all(40 <= len(tokens_of(piece)) <= 60 for piece in passed(client))
+
+
+def test_texts_that_are_too_long_are_found_together(short_sighted, connect):
+    """Many among many: the others pass in a few requests, and not in twos and threes."""
+    client = connect(OWN)
+    texts = [f"{number} " + "word " * (100 if number % 8 == 0 else 10) for number in range(128)]
+    answer = client.rows(texts)
+    assert (answer.num_long, answer.rejects) == (16, {})
+    shorts = [sent for sent in client.books.sent if not sent.error and any(len(text) < 100 for text in sent.texts)]
+    assert len(shorts) <= 4
+
+
 def test_a_text_that_the_server_finds_too_long_is_rejected(short_sighted, connect):
     """In the server's words, alone."""
     answer = connect(OWN, long_texts="reject").rows(TEXTS)
@@ -254,6 +287,14 @@ def test_shortening_ends(how):
 def test_blank_pieces_are_left_out():
     """Servers refuse them."""
     assert shortened("x" + " " * 100, counter=UpperBound(), how="chunk") == [("x" + " " * 52, 53)]
+
+
+def test_the_mean_is_as_long_as_the_vectors_are():
+    """Of a model whose vectors have length 1 it has that; of another it would lie apart from those of whole texts."""
+    one, two = np.eye(2, dtype=np.float32)
+    assert averaged([one, two], [1, 1]).tolist() == pytest.approx([0.5**0.5] * 2)
+    assert averaged([8 * one, 8 * two], [1, 3]).tolist() == [2, 6]
+    assert averaged([one, 8 * two], [1, 1]).tolist() == [0.5, 4]
 
 
 def test_the_mean_of_opposite_vectors_is_not_a_number_s_end():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from datetime import UTC, datetime
 from email.utils import format_datetime
@@ -48,6 +50,28 @@ def pydantic(message: str) -> dict:
     return {"detail": [{"type": "string_too_long", "loc": ["body", "input", 0], "msg": message, "input": TEXT}]}
 
 
+def gemini(message: str, code: int, status: str) -> dict:
+    """An error of Gemini's; behind OpenAI's form of its API it is the only one of a list."""
+    return {"error": {"code": code, "message": message, "status": status}}
+
+
+def llama(message: str, code: int, kind: str) -> dict:
+    """An error of llama.cpp's server."""
+    return {"error": {"code": code, "message": message, "type": kind}}
+
+
+MISTRAL = {
+    "object": "error",
+    "message": "Too many tokens overall, split into more batches.",
+    "type": "invalid_request_prompt",
+    "code": "3210",
+}
+VOYAGE = (
+    "Request to model 'voyage-3' failed. The max allowed tokens per submitted batch is 120000. Your batch has 150000 "
+    "tokens after truncation. Please lower the number of tokens in the batch."
+)
+LLAMA_CONTEXT = "request (9412 tokens) exceeds the available context size (8192 tokens), try increasing it"
+LLAMA_BATCH = "input (992 tokens) is too large to process. increase the physical batch size (current batch size: 512)"
 ON_TPM = (
     "Rate limit reached for text-embedding-3-small in organization org-x on tokens per min (TPM): Limit 1,000,000, "
     "Used 950000, Requested 60000. Please try again in 600ms. Visit https://platform.openai.com/account/rate-limits."
@@ -57,6 +81,12 @@ TOO_LARGE_FOR_TPM = (
     "Requested 50000. The input or output tokens must be reduced in order to run successfully."
 )
 NO_MONEY = "You exceeded your current quota, please check your plan and billing details."
+PER_MINUTE = (
+    f"{NO_MONEY} For more information on this error, head to: https://ai.google.dev/gemini-api/docs/rate-limits. "
+    + "\n* Quota exceeded for metric: generativelanguage.googleapis.com/embed_content_free_tier_requests, limit: 100"
+    * 5
+    + "\nPlease retry in 11.665902715s."
+)
 CONTEXT = "This model's maximum context length is 8192 tokens, however you requested 9000 tokens."
 AZURE = (
     "Requests to the Embeddings_Create Operation under Azure OpenAI API version 2024-02-01 have exceeded call rate "
@@ -79,6 +109,10 @@ TRIAL = (
         (429, openai("x", "billing_hard_limit_reached"), QuotaExhausted),
         (400, openai("Your account is not active.", "billing_not_active"), QuotaExhausted),
         (402, b"", QuotaExhausted),
+        (429, openai(NO_MONEY + " Please try again in 20s.", "insufficient_quota"), QuotaExhausted),
+        (429, gemini(PER_MINUTE, 429, "RESOURCE_EXHAUSTED"), RateLimited),
+        (429, [gemini(PER_MINUTE, 429, "RESOURCE_EXHAUSTED")], RateLimited),
+        (429, [gemini(NO_MONEY, 429, "RESOURCE_EXHAUSTED")], QuotaExhausted),
         (429, openai(ON_TPM, "rate_limit_exceeded", "tokens"), RateLimited),
         (429, openai(AZURE, "429"), RateLimited),
         (429, {"message": TRIAL}, RateLimited),
@@ -99,10 +133,18 @@ TRIAL = (
         (413, tei("Input validation error: `inputs` must have less than 512 tokens. Given: 600"), InputTooLong),
         (422, tei("Input validation error: `inputs` must have less than 512 tokens. Given: 600"), InputTooLong),
         (400, {"error": "the input length exceeds the context length"}, InputTooLong),
+        (400, llama(LLAMA_CONTEXT, 400, "exceed_context_size_error"), InputTooLong),
+        (400, llama(LLAMA_CONTEXT.replace("available", "slot's"), 400, "exceed_context_size_error"), InputTooLong),
+        (500, llama(LLAMA_BATCH, 500, "server_error"), InputTooLong),
+        (400, llama(LLAMA_BATCH, 400, "invalid_request_error"), InputTooLong),
+        (500, llama("input is too large to process. increase the physical batch size", 500, "x"), InputTooLong),
+        (500, llama("failed to process", 500, "server_error"), Unavailable),
         (413, b"<html><h1>413 Request Entity Too Large</h1></html>", InputTooLong),
         (400, openai("'$.input' is invalid. Please check the API reference"), InputRejected),
         (422, pydantic("Input should be a valid string"), InputRejected),
         (400, b"", InputRejected),
+        (498, {"message": "blocked input"}, InputRejected),
+        (451, b"", InputRejected),
         (404, openai("The model `x` does not exist", "model_not_found"), ProviderError),
         (404, {"error": 'model "x" not found, try pulling it first'}, ProviderError),
         (404, {"detail": "Not Found"}, ProviderError),
@@ -131,6 +173,14 @@ def test_what_servers_say_is_understood(status, body, expected):
         (openai("Invalid 'input': array too long.", "array_above_max_length"), "inputs"),
         (tei("batch size 64 > maximum allowed batch size 32"), "inputs"),
         ({"message": "invalid request: total number of texts must be at most 96 - received 97"}, "inputs"),
+        (
+            gemini("* BatchEmbedContentsRequest.requests: at most 100 requests can be in one batch\n", 400, "X"),
+            "inputs",
+        ),
+        (MISTRAL, "tokens"),
+        (MISTRAL | {"message": "Too many inputs in request, split into more batches."}, "inputs"),
+        ({"detail": VOYAGE}, "tokens"),
+        ({"detail": "The batch size limit is 1000. Your batch size is 2048."}, "inputs"),
     ],
 )
 def test_what_a_request_has_too_many_of_is_understood(body, of):
@@ -138,6 +188,44 @@ def test_what_a_request_has_too_many_of_is_understood(body, of):
     error = refusal(400, httpx.Headers(), orjson.dumps(body), [TEXT])
     assert isinstance(error, RequestTooLarge)
     assert error.of == of
+
+
+@pytest.mark.parametrize(
+    ("body", "texts", "expected"),
+    [
+        (b"<html><h1>413 Request Entity Too Large</h1></html>", [TEXT, "other"], RequestTooLarge),
+        (b"<html><h1>413 Request Entity Too Large</h1></html>", [TEXT], InputTooLong),
+        (b'{"error": "`inputs` must have less than 512 tokens. Given: 600"}', [TEXT, "other"], InputTooLong),
+    ],
+)
+def test_a_request_of_too_many_bytes_is_not_one_text_s_fault(body, texts, expected):
+    """What stands before a server has no other words for it; the server itself says what it means."""
+    assert type(refusal(413, httpx.Headers(), body, texts)) is expected
+
+
+@pytest.mark.parametrize(
+    ("body", "share"),
+    [
+        (openai(CONTEXT), 8192 / 9000),
+        (vllm("This model's maximum context length is 512 tokens. However, you requested 600 tokens in"), 512 / 600),
+        (
+            vllm("This model's maximum context length is 512 tokens. However, your request has 600 input tokens"),
+            512 / 600,
+        ),
+        (tei("Input validation error: `inputs` must have less than 512 tokens. Given: 600"), 512 / 600),
+        (llama(LLAMA_CONTEXT, 400, "exceed_context_size_error"), 8192 / 9412),
+        (llama(LLAMA_BATCH, 400, "server_error"), 512 / 992),
+        (llama("input is too large to process. increase the physical batch size", 400, "x"), None),
+        ({"error": "the input length exceeds the context length"}, None),
+        (openai("This model's maximum context length is 512 tokens, however you requested 12"), None),
+        (openai("This model's maximum context length is 0 tokens, however you requested 0"), None),
+    ],
+)
+def test_how_much_of_a_text_is_taken_is_understood(body, share):
+    """Where the server says how many tokens there are, and may be; and that makes sense."""
+    error = refusal(400, httpx.Headers(), orjson.dumps(body), [TEXT])
+    assert isinstance(error, InputTooLong)
+    assert error.share == share
 
 
 @pytest.mark.parametrize(
@@ -152,6 +240,7 @@ def test_what_a_request_has_too_many_of_is_understood(body, of):
         ),
         ("Rate limit reached for x on requests per day (RPD): Limit 200. Please try again in 7m12s.", "", None, 432),
         (AZURE, "", None, 7),
+        (PER_MINUTE, "", None, 11.665902715),
         (TRIAL, "", None, None),
     ],
 )
@@ -334,6 +423,39 @@ def test_no_error_quotes_a_text(status, body):
     """In whichever form the server does."""
     error = refusal(status, httpx.Headers(), orjson.dumps(body), ["other", TEXT], [KEY])
     assert "4929" not in error.message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Пациент Иванов, диагноз: рак лёгких, тел. 555-01-99",
+        "John Q\nSSN 123-45-67\nHIV+ 2024\nMRN 998877",
+        "Al\nHIV+",
+        "李小龙",
+        '😀 it\'s "me"',
+        "print('\\n'), as in C:\\new\\u0041",
+    ],
+)
+@pytest.mark.parametrize(
+    "written",
+    [str, repr, ascii, json.dumps, lambda text: json.dumps(json.dumps(text)), lambda text: repr([repr(text)])],
+)
+def test_no_error_quotes_a_text_that_was_escaped(text, written):
+    """As JSON or as Python writes it, once or twice: of the quotation only its marks are left."""
+    body = openai(f"invalid body: {written(text)} of request")
+    error = refusal(400, httpx.Headers(), orjson.dumps(body), ["other", text], [KEY])
+    assert re.fullmatch(r"the provider refuses it \(HTTP 400\): invalid body: \W*…\W* of request", error.message)
+
+
+@given(st.text(max_size=40), st.lists(st.sampled_from([repr, ascii, json.dumps]), max_size=3))
+def test_twelve_characters_of_an_escaped_text_are_never_passed_on(text, writers):
+    """Whatever the text, and however it is written."""
+    text, quoted = f"Ms Feather's {text} 4929-1234", f"Ms Feather's {text} 4929-1234"
+    for write in writers:
+        quoted = write(quoted)
+    said = scrubbed(quoted, [text])
+    assert "Feather" not in said
+    assert "4929" not in said
 
 
 def test_what_a_text_says_does_not_end_the_job():

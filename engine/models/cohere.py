@@ -96,6 +96,7 @@ class CohereEmbeddingModel(ApiEmbeddingModel):
         import httpx
         from cohere.core.api_error import ApiError
 
+        failure = ""
         try:
             raw = await self._connected().with_raw_response.embed(
                 texts=list(texts), **self._wanted, request_options={"max_retries": 0}
@@ -103,7 +104,7 @@ class CohereEmbeddingModel(ApiEmbeddingModel):
         except ApiError as error:
             status, headers, body = error.status_code or 0, error.headers or {}, error.body
         except httpx.HTTPError as error:
-            raise Unavailable(f"the provider cannot be reached ({type(error).__name__})") from None
+            failure = type(error).__name__
         else:
             given = getattr(getattr(raw.data, "embeddings", None), "float_", None)
             units = raw.data.meta.billed_units if raw.data.meta else None
@@ -111,7 +112,9 @@ class CohereEmbeddingModel(ApiEmbeddingModel):
             with billed(num_tokens):
                 vectors = await asyncio.to_thread(stacked, given or [])
             return Reply(vectors, num_tokens, limits_of(raw.headers))
-        # out here the SDK's error, which quotes the server, is not the context of ours
+        # out here the libraries' errors, which quote the server, are not the context of ours
+        if failure:
+            raise Unavailable(f"the provider cannot be reached ({failure})")
         if status < 300:
             raise Malformed("not an embeddings answer")
         raise refusal(status, headers, orjson.dumps(body, default=str), texts, [self._key or ""])

@@ -119,22 +119,29 @@ class OpenAIEmbeddingModel(ApiEmbeddingModel):
 
     async def request(self, texts: Sequence[str]) -> Reply:
         """Send texts once."""
+        import aiohttp
         import httpx2
         import openai
 
         encoding = self._encoding  # of this request: others that are on their way may find out meanwhile
+        refused, failure = None, ""
         try:
             # Not `embeddings.create`, which looks at the type of every text, and makes an object of every vector.
             body = {"model": self.model_name, "input": list(texts), "encoding_format": encoding, **self._wanted}
             answer = await self._connected().post("/embeddings", cast_to=httpx2.Response, body=body)
         except openai.APIStatusError as error:
             refused = error.response
-        except openai.APIConnectionError as error:
-            raise Unavailable(f"the provider cannot be reached ({type(error.__cause__ or error).__name__})") from None
+        except (
+            openai.APIConnectionError,
+            aiohttp.ClientError,
+        ) as error:  # of what is not HTTP, aiohttp's comes as it is
+            failure = type(error.__cause__ or error).__name__
         else:
             vectors, num_tokens = await asyncio.to_thread(decoded, answer.content, len(texts))
             return Reply(vectors, num_tokens, limits_of(answer.headers))
-        # out here the SDK's error, which quotes the server, is not the context of ours
+        # out here the libraries' errors, which quote the server and hold the key, are not the context of ours
+        if refused is None:
+            raise Unavailable(f"the provider cannot be reached ({failure})")
         if encoding == "base64" and refused.status_code in (400, 422) and _is_about_encoding(refused.content):
             self._encoding = "float"  # it does not know base64
             return await self.request(texts)

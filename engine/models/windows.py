@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.errors import ConfigError
 from engine.model_config import LongTexts
-from engine.models.api.long_texts import OVERLAP, TOO_LONG
+from engine.models.api.long_texts import LENGTH_1, OVERLAP, TOO_LONG
 from engine.models.base import PROBE, reason_of
 from engine.models.embeddings import Chunks, Embeddings, Ints, Vectors
 from engine.models.tokens import Bounds, Tokenizer, Tokens
@@ -27,8 +27,6 @@ SEGMENTS_AT_ONCE = 64
 SPACES = (" ", "\n")
 WINDOWS_AT_ONCE = 1024
 """That are tokenized together: what a tokenizer holds of them is a hundred times their token ids."""
-LENGTH_1 = 1e-2
-"""By which a vector of length 1 may be off, in bfloat16 too."""
 
 Span = tuple[int, int]
 """Where a window begins and ends in its text, in characters."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import uuid
@@ -16,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from engine.commits import LEFT
 from engine.errors import EngineError, ProviderError, Stopped
-from engine.models.api.budget import Budget, Grant, Report, Standing
+from engine.models.api.budget import LOST_S, Budget, Grant, Report, Standing
 from engine.models.api.limits import Limits
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ AWAY_S = 5.0
 """For which a worker that has lost the actor goes on at its share, before it looks for it again."""
 ASK_S = 30.0
 ASK_EVERY_S = 1.0
-LOST_S = 120.0
-"""Of silence, in a run that is stopping: longer than any request takes, beside a `request_timeout_s` that was given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +58,7 @@ def shared(config: ModelConfig, num_actors: int, max_tokens: float | None) -> It
         max_tokens: Of all orders together.
     """
     limits = Limits(config.requests_per_minute, config.tokens_per_minute)
+    lost_s = LOST_S + (config.request_timeout_s or 0.0)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor = (
         ray.remote(Budget)
@@ -69,10 +69,10 @@ def shared(config: ModelConfig, num_actors: int, max_tokens: float | None) -> It
             max_restarts=-1,
             scheduling_strategy=here,
         )
-        .remote(limits, 1.0, max_tokens)
+        .remote(limits, 1.0, max_tokens, lost_s=lost_s)
     )
     try:
-        yield Shared(actor, limits, 1 / num_actors, LOST_S + (config.request_timeout_s or 0.0))
+        yield Shared(actor, limits, 1 / num_actors, lost_s)
     finally:
         with suppress(RayError):
             ray.kill(actor)
@@ -150,17 +150,21 @@ class BudgetClient:
         self._own = Budget(budget.limits, budget.share)
         self._id = uuid.uuid4().hex
         self._committed = 0.0
+        self._admitting = asyncio.Lock()
         self._away_until = 0.0
 
     async def admit(self, num_tokens: int) -> float:
-        """Take on an order of so many tokens; return how large its requests should be. Raises `Stopped`."""
-        committed = self._committed
-        self._committed += num_tokens  # now, since others are admitted while this one waits for its answer
-        try:
-            weight = await self._ask("admit", num_tokens, client=self._id, committed=committed)
-        except Stopped:
-            self._committed -= num_tokens
-            raise
+        """Take on an order of so many tokens; return how large its requests should be, 0 if it has to wait. Raises `Stopped`."""
+        async with self._admitting:  # one by one: the books that are sent have no order in them that may have to wait
+            committed = self._committed
+            self._committed += num_tokens
+            try:
+                weight = await self._ask("admit", num_tokens, client=self._id, committed=committed)
+            except Stopped:
+                self._committed -= num_tokens
+                raise
+            if weight == 0:
+                self._committed -= num_tokens
         return float(self._own.request_tokens if weight is None else weight)
 
     async def dismiss(self, num_tokens: int, paid_tokens: int, *, is_done: bool) -> None:

@@ -23,6 +23,8 @@ REQUESTS_KEPT_BACK = 1.5
 DEFAULT_PAUSE_S = 2.0
 MAX_PAUSE_S = 300.0
 """A provider that asks for more is asked again after that: it may have been wrong, or have been given more quota."""
+LOST_S = 120.0
+"""Longer than any request takes."""
 MAX_OPEN_GRANTS = 10_000
 """Of which no report has come: of actors that died."""
 
@@ -70,7 +72,11 @@ class BudgetPort(Protocol):
     """A budget, or what stands for one that lives in another process."""
 
     async def admit(self, num_tokens: int) -> float:
-        """Take on an order of so many tokens; return how large its requests should be. Raises `Stopped`."""
+        """
+        Take on an order of so many tokens; return how large its requests should be. Raises `Stopped`.
+
+        0 says that it was not taken on, and is to be asked for again: others may cost less than they were admitted for.
+        """
 
     async def dismiss(self, num_tokens: int, paid_tokens: int, *, is_done: bool) -> None:
         """Let go of an order that was admitted for `num_tokens`, when `paid_tokens` were paid."""
@@ -103,12 +109,14 @@ class Budget:
         share: Of the limits, what this budget may spend.
         max_tokens: Of all orders together; None for no limit.
         is_resident: It is of a model that somebody keeps, and not of a job: what stopped it ends the orders of that time, not later ones.
+        lost_s: Of silence, after which orders that were admitted are not waited for: whoever had them died.
     """
 
     given: Limits = field(default_factory=Limits)
     share: float = 1.0
     max_tokens: float | None = None
     is_resident: bool = False
+    lost_s: float = LOST_S
     _requests: Rate = field(init=False)
     _tokens: Rate = field(init=False)
     _turn: asyncio.Lock = field(init=False, default_factory=asyncio.Lock)
@@ -134,7 +142,7 @@ class Budget:
 
     async def admit(self, num_tokens: int, client: str = "", committed: float | None = None) -> float:
         """
-        Take on an order.
+        Take on an order; return how large its requests should be, or 0 if it has to wait for what those before it really cost.
 
         Args:
             num_tokens: Of the order.
@@ -150,8 +158,10 @@ class Budget:
         if self._stopped_by is None and self.max_tokens is not None:
             total = sum(self._committed.values())
             if total + num_tokens > self.max_tokens:
+                if self._num_open > 0 and self._quiet_s() <= self.lost_s:
+                    return 0.0
                 self._is_spent = True
-                self._stopped_by = Stopped("what is left to do would cost more than --max-cost allows")
+                self._stopped_by = Stopped("what is left to do may cost more than --max-cost allows")
         self._check()
         self._committed[client] = self._committed.get(client, 0.0) + num_tokens
         self._num_open += 1
@@ -218,9 +228,7 @@ class Budget:
     async def standing(self) -> Standing:
         """Say what is known of the job."""
         limits = Limits(self._requests.limit, self._tokens.limit)
-        now = time.monotonic()
-        quiet_s = 0.0 if self._turn.locked() else max(0.0, now - max(self._heard_at, self._paused_until))
-        return Standing(limits, self._num_open, self._num_done, self._stopped_by, quiet_s)
+        return Standing(limits, self._num_open, self._num_done, self._stopped_by, self._quiet_s())
 
     @property
     def request_tokens(self) -> float:
@@ -233,6 +241,11 @@ class Budget:
         if self._requests.limit is not None:
             requests = min(requests, max(int(self._requests.limit / REQUESTS_KEPT_BACK), 1))
         return self._tokens.limit / requests
+
+    def _quiet_s(self) -> float:
+        if self._turn.locked():
+            return 0.0
+        return max(0.0, time.monotonic() - max(self._heard_at, self._paused_until))
 
     def _set(self, limits: Limits) -> None:
         self._requests.set(limits.requests and limits.requests * self.share)

@@ -20,7 +20,7 @@ from engine.errors import (
 )
 from engine.models.api.budget import Grant, Report
 from engine.models.api.orders import Group, Piece, take
-from engine.models.api.recovery import Recovery
+from engine.models.api.recovery import Recovery, TimedOut
 from engine.models.base import PROBE, BadAnswer, usable
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ class Dispatcher:
             self._budget_weight = grant.request_tokens
             if math.isinf(grant.request_tokens):
                 self._fill(group)  # no tokens to ask for, and more may have come meanwhile
+            group = self._cut(group)
             task = asyncio.create_task(self._send(group, grant))
             self._tasks.add(task)
             task.add_done_callback(self._sent)
@@ -132,9 +133,17 @@ class Dispatcher:
         if self._again:
             group = self._again.popleft()
             group.pieces = [piece for piece in group.pieces if not piece.order.done.done()]
-            return group
+            return self._cut(group)
         most = min(self._recovery.max_weight, self._budget_weight)
         return take(self._waiting, max_inputs=self._recovery.max_inputs, max_weight=most)
+
+    def _cut(self, group: Group) -> Group:
+        """Return what may be sent at once of a request that was put together before smaller ones were found to be better."""
+        known = self._recovery
+        while len(group.pieces) > 1 and (len(group.pieces) > known.max_inputs or group.weight > known.max_weight):
+            group, rest = group.halves()
+            self._again.appendleft(rest)
+        return group
 
     async def _send(self, group: Group, grant: Grant) -> None:
         usage = group.pieces[0].order.usage
@@ -145,7 +154,7 @@ class Dispatcher:
             reply = await self._attempt([piece.text for piece in group.pieces], grant)
             self._bill(group, reply.num_tokens)  # before it is judged: a bad answer is paid too
             self._check(reply, len(group.pieces))
-            self._settle(group, reply)
+            self._settle(group, reply, started)
         except Exception as error:
             if isinstance(error, BadAnswer) and error.num_tokens is not None:  # it was judged as it was decoded
                 self._bill(group, error.num_tokens)
@@ -161,7 +170,7 @@ class Dispatcher:
             async with asyncio.timeout(self._manners.timeout_s):
                 reply = await self._request(texts)
         except TimeoutError:
-            raise Unavailable(f"the provider did not answer within {self._manners.timeout_s:g} s") from None
+            raise TimedOut(f"the provider did not answer within {self._manners.timeout_s:g} s") from None
         except RateLimited as refusal:
             report = Report(refusal=refusal)
             raise
@@ -191,12 +200,12 @@ class Dispatcher:
             self._is_unit = bool(is_unit.all())
         return good & is_unit if self._is_unit else good
 
-    def _settle(self, group: Group, reply: Reply) -> None:
+    def _settle(self, group: Group, reply: Reply, started: float) -> None:
         """Give each text its vector; those that have none that is usable are sent again, alone."""
         good = self._are_good(reply.vectors)
         if not good.any():
             raise BadAnswer(NOT_USABLE)
-        self._recovery.good()
+        self._recovery.passed(group, started)
         for piece, vector, is_good in zip(group.pieces, reply.vectors, good.tolist(), strict=True):
             if is_good:
                 piece.order.settle(piece, vector)

@@ -14,6 +14,10 @@ OVERLAP = 1 / 16
 """Of a chunk, that it shares with the one before: a sentence or two, so that what a cut goes through is whole in one of them."""
 SHORTER = 0.7
 """To which a text is cut whose tokens cannot be counted here, when the server says that it is too long; in chunks, it is halved."""
+SPARE = 1 / 20
+"""Of what the server says to be taken: tokens are not spread evenly over a text, and some are the model's own."""
+LENGTH_1 = 1e-2
+"""By which a vector of length 1 may be off, in bfloat16 too."""
 
 TOO_LONG = "longer than the {limit} tokens that the model takes"
 
@@ -37,20 +41,35 @@ def fitted(text: str, num_tokens: int, *, counter: Counter, limit: int, how: Lon
     return _with_text(counter.windows(text, limit, max(round(limit * (1 - OVERLAP)), 1)))
 
 
-def shortened(text: str, *, counter: Counter, how: LongTexts) -> Pieces | None:
-    """Return what is sent for a text of which the server says that it is too long; None if it is to be rejected."""
-    size = max(int(len(text) * (SHORTER if how == "truncate" else (1 + OVERLAP) / 2)), 1)
+def shortened(text: str, *, counter: Counter, how: LongTexts, share: float | None = None) -> Pieces | None:
+    """
+    Return what is sent for a text of which the server says that it is too long; None if it is to be rejected.
+
+    Args:
+        text: That was refused.
+        counter: Of tokens.
+        how: What to do with it.
+        share: Of its tokens, that the server takes, if it says so.
+    """
+    usual = SHORTER if how == "truncate" else (1 + OVERLAP) / 2
+    size = max(int(len(text) * (usual if share is None else share * (1 - SPARE))), 1)
     if how == "reject" or size >= len(text):
         return None
-    ends = (text[:size],) if how == "truncate" else (text[:size], text[-size:])
-    return _with_text([(end, counter.count(end)) for end in ends]) or None
+    if how == "truncate":
+        parts = [text[:size]]
+    else:  # the last one ends with the text, and is as long as the others
+        step = max(round(size * (1 - OVERLAP)), 1)
+        starts = [*range(0, len(text) - size, step), len(text) - size]
+        parts = [text[start : start + size] for start in starts]
+    return _with_text([(part, counter.count(part)) for part in parts]) or None
 
 
 def averaged(vectors: Sequence[npt.NDArray[np.float32]], weights: Sequence[int]) -> npt.NDArray[np.float32]:
-    """Return the mean of pieces' vectors by their tokens, scaled to length 1: shape (dimension,)."""
+    """Return the mean of pieces' vectors by their tokens, scaled to length 1 if they have that: shape (dimension,)."""
     mean = np.average(np.stack(vectors), axis=0, weights=weights)
     norm = np.linalg.norm(mean)
-    return (mean / norm if norm > 0 else mean).astype(np.float32)
+    has_length_1 = (np.abs(np.linalg.norm(vectors, axis=1) - 1) <= LENGTH_1).all()
+    return (mean / norm if has_length_1 and norm > 0 else mean).astype(np.float32)
 
 
 def _with_text(pieces: Pieces) -> Pieces:

@@ -31,6 +31,9 @@ SHARDS_BEYOND_REQUESTS = 2
 GIVE_UP_S = 1800.0
 REQUEST_TIMEOUT_S = 60.0
 
+ADMIT_EVERY_S = 0.5
+"""An order asks whether it may begin, while the money may all be needed for others."""
+
 
 class ApiEmbeddingModel(BaseEmbeddingModel):
     """
@@ -193,16 +196,16 @@ class ApiEmbeddingModel(BaseEmbeddingModel):
         await self._thread.ended()
 
     async def _embedded(self, texts: Sequence[str], *, is_probe: bool = False) -> Embeddings:
-        numbers, pieces = await asyncio.to_thread(self.terms.prepared, texts, self._prompt, self._long_texts)
+        numbers, pieces, lost = await asyncio.to_thread(self.terms.prepared, texts, self._prompt, self._long_texts)
         usage = Embeddings(np.empty((0, 0), np.float32), num_duplicates=len(numbers) - len(pieces))
         order = Order(numbers, list(pieces.values()), asyncio.get_running_loop().create_future(), usage)
-        for number, (text, found) in enumerate(pieces.items()):
+        order.lost.update(lost)
+        for number, found in enumerate(pieces.values()):
             if not found:
                 order.reject(number, TOO_LONG.format(limit=self.terms.max_input_tokens))
-            elif found[0][0] != self._prompt + text:
-                order.long.add(number)
         num_tokens = order.num_tokens
-        budget_weight = await self._budget.admit(num_tokens)
+        while not (budget_weight := await self._budget.admit(num_tokens)):  # noqa: ASYNC110 - it may be in another process
+            await asyncio.sleep(ADMIT_EVERY_S)
         is_done = False
         try:
             if pieces:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -41,6 +41,9 @@ class Group:
     pieces: list[Piece]
     num_failures: int = 0
     """In a row, of any kind but a pause that the provider asked for."""
+    num_blamed: int = 0
+    """Failures in a row after which a plain sentence passed."""
+    num_timeouts: int = 0
     failed_since: float | None = None
 
     @property
@@ -54,12 +57,9 @@ class Group:
         self.failed_since = self.failed_since or time.monotonic()
 
     def halves(self) -> tuple[Group, Group]:
-        """Cut it in two."""
+        """Cut it in two, each of which has gone through the same."""
         middle = len(self.pieces) // 2
-        return (
-            Group(self.pieces[:middle], failed_since=self.failed_since),
-            Group(self.pieces[middle:], failed_since=self.failed_since),
-        )
+        return replace(self, pieces=self.pieces[:middle]), replace(self, pieces=self.pieces[middle:])
 
 
 @dataclass(slots=True, eq=False)
@@ -78,8 +78,8 @@ class Order:
     usage: Embeddings
     reasons: dict[int, str] = field(default_factory=dict)
     """Of distinct texts."""
-    long: set[int] = field(default_factory=set)
-    """The distinct texts that are not sent as they are."""
+    lost: dict[int, int] = field(default_factory=dict)
+    """Of each distinct text that is not sent as it is, how many of its tokens are not sent; 0 where only the provider can count."""
     _vectors: Vectors | None = None
     _parts: dict[int, dict[int, tuple[Vectors, int]]] = field(default_factory=dict)
     """Of texts in several pieces: what came back so far, with its tokens."""
@@ -109,7 +109,7 @@ class Order:
         first_new = len(pieces)
         pieces += shorter[1:]
         self.fitted[piece.text_number] = pieces
-        self.long.add(piece.text_number)
+        self.lost.setdefault(piece.text_number, 0)
         parts = (piece.part, *range(first_new, len(pieces)))
         return [self._piece(piece.text_number, at, *pieces[at]) for at in parts]
 
@@ -156,7 +156,8 @@ class Order:
         is_plain = np.array_equal(numbers, np.arange(len(self._vectors)))
         self.usage.vectors = self._vectors if is_plain else self._vectors[numbers]
         self.usage.rejects = rejects
-        self.usage.num_long = len(self.long)
+        is_lost = ((at, number) for at, number in enumerate(self.numbers) if number in self.lost and at not in rejects)
+        self.usage.count_lost({at: self.lost[number] for at, number in is_lost})
         return self.usage
 
     def _piece(self, number: int, part: int, text: str, num_tokens: int) -> Piece:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Callable, Coroutine
@@ -30,8 +31,22 @@ if TYPE_CHECKING:
 
 BACKOFF_S = (0.5, 30.0)
 """Before a request is sent again to a provider that fails: at first, and at most; doubled each time, and spread at random."""
+FAILURES_TO_DOUBT = 3
+"""Of one request: from then on a plain sentence is sent after each, to see whether the request is at fault or the provider."""
 FAILURES_TO_SPLIT = 3
-"""In a row, of one request, while others are answered: then one of its texts is at fault."""
+"""In a row, of one request, after each of which the sentence passed: then one of its texts is at fault. Where a provider fails on a
+share of all requests, whatever is in them, that happens to one in 50 (a share of a half) or fewer."""
+FAILURES_TO_REJECT = 6
+"""The same, of a text alone: where half of all requests fail, that happens to one in 10,000 that are sent alone."""
+QUICK = 1 / 4
+"""Of the time-out: a request that took no longer may be twice as large. All that are on their way together should take about that."""
+
+LEAST_WEIGHT = 512
+"""Of a request, below which the time of the first answer says nothing."""
+
+
+class TimedOut(Unavailable):
+    """The provider did not answer in time: it may hang, or be slow."""
 
 
 class Recovery:
@@ -52,8 +67,11 @@ class Recovery:
         probe: Callable[[Embeddings], Coroutine[Any, Any, int]],
     ) -> None:
         self.max_inputs = manners.max_inputs
-        self.max_weight = manners.max_weight
-        """Of a request: less than the provider's terms say, once it has refused so much."""
+        """Of a request: less than the provider's terms say, once it has refused so many."""
+        self._weight_taken = manners.max_weight
+        self._weight_in_time = math.inf
+        self._num_timeouts = 0
+        """Since the last answer."""
         self._manners = manners
         self._send_again = send_again
         self._probe = probe
@@ -72,10 +90,26 @@ class Recovery:
         """Note that nobody waits for an answer: a trouble that was given up, or came long ago, is not the next order's."""
         self._trouble_since = None
 
+    @property
+    def max_weight(self) -> float:
+        """Of a request: less than the provider's terms say, once it has refused so much, or not answered to it in time."""
+        return min(self._weight_taken, self._weight_in_time)
+
     def good(self) -> None:
         """Note that the provider has answered as it should."""
         self._last_good = time.monotonic()
         self._trouble_since = None
+        self._num_timeouts = 0
+
+    def passed(self, group: Group, started: float) -> None:
+        """Note that a request was answered as it should be: the first tells how large others may be, and quick ones let them grow."""
+        is_first = not self._last_good
+        self.good()
+        took_s, quick_s = max(self._last_good - started, 1e-3), self._manners.timeout_s * QUICK
+        if is_first:
+            self._weight_in_time = max(group.weight * quick_s / took_s / self._manners.num_concurrent, LEAST_WEIGHT)
+        elif took_s <= quick_s and group.weight > self._weight_in_time / 2:
+            self._weight_in_time *= 2
 
     async def failed(self, group: Group, error: Exception, started: float) -> None:
         """Decide what becomes of a request that failed. Raises what ends the orders in it."""
@@ -98,15 +132,30 @@ class Recovery:
             raise error
 
     async def _failed_for_now(self, group: Group, error: Unavailable, started: float) -> None:
-        """Wait, and send again; where others are answered meanwhile, again and again, find the text that is at fault."""
-        if group.num_failures < FAILURES_TO_SPLIT or not await self._make_sure(group, error, started, started):
+        """Wait, and send again; where a plain sentence passes each time that this fails, find the text that is at fault."""
+        is_alone = len(group.pieces) == 1
+        if isinstance(error, TimedOut) and not is_alone:
+            self._failed_for_slowness(group, error)
+            return
+        if group.num_failures >= FAILURES_TO_DOUBT:  # others that pass are no sign: many do where a share of all fails
+            is_sure = await self._make_sure(group, error, math.inf, started)
+            group.num_blamed = group.num_blamed + 1 if is_sure else 0
+        if group.num_blamed < (FAILURES_TO_REJECT if is_alone else FAILURES_TO_SPLIT):
             self._later(group, error)
-        elif len(group.pieces) > 1:
-            self._split(group, num_failures=FAILURES_TO_SPLIT - 1)  # once is enough for each half
-        elif group.num_failures == FAILURES_TO_SPLIT:
-            self._later(group, error)
-        else:
+        elif is_alone:
             self._reject(group.pieces[0], error)
+        else:
+            self._split_later(group, error)
+
+    def _failed_for_slowness(self, group: Group, error: TimedOut) -> None:
+        """Send again what may have hung by chance; what is too slow, in smaller requests from now on."""
+        group.num_timeouts += 1
+        self._num_timeouts += 1
+        if max(group.num_timeouts, self._num_timeouts) > 1:
+            self._weight_in_time = min(self._weight_in_time, max(group.weight / 2, 1))
+            self._split_later(group, error)
+        else:
+            self._later(group, error)
 
     async def _failed_for_size(self, group: Group, error: ProviderError, since: float, started: float) -> None:
         """Send less at once; cut a text that is too long by itself."""
@@ -114,10 +163,13 @@ class Recovery:
             if isinstance(error, RequestTooLarge) and error.of == "inputs":  # do not run into it again and again
                 self.max_inputs = min(self.max_inputs, max(len(group.pieces) // 2, 1))
             elif isinstance(error, RequestTooLarge):
-                self.max_weight = min(self.max_weight, max(group.weight / 2, 1))
+                self._weight_taken = min(self._weight_taken, max(group.weight / 2, 1))
+            else:
+                group.pieces.sort(key=lambda piece: piece.weight)  # so that one half may pass as it is
         elif isinstance(error, InputTooLong):
             piece = group.pieces[0]
-            shorter = shortened(piece.text, counter=self._manners.counter, how=self._manners.long_texts)
+            how, counter = self._manners.long_texts, self._manners.counter
+            shorter = shortened(piece.text, counter=counter, how=how, share=error.share)
             if shorter:
                 for again in piece.order.refit(piece, shorter):
                     self._send_again(Group([again]))
@@ -188,10 +240,17 @@ class Recovery:
                 "kept; run the same command again when it is back"
             )
 
-    def _split(self, group: Group, num_failures: int = 0) -> None:
+    def _split(self, group: Group) -> None:
         for half in group.halves():
-            half.num_failures = num_failures
+            half.num_failures = 0
             self._send_again(half)
+
+    def _split_later(self, group: Group, error: Exception) -> None:
+        """Send halves after a while. Of each, one more failure is enough: it inherits the doubt."""
+        for half in group.halves():
+            half.num_failures = FAILURES_TO_DOUBT - 1
+            half.num_blamed = min(group.num_blamed, FAILURES_TO_SPLIT - 1)
+            self._later(half, error)
 
 
 def _said(error: Exception) -> str:
