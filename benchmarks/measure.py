@@ -23,8 +23,13 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1024**2
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
-"""Models come from packages; Ray on one machine needs no token; Ray's workers import the benchmarks from the root."""
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "PYTHONPATH": str(ROOT),
+}
+"""Models come from packages; Ray on one machine needs no token, since it listens on loopback alone; Ray's workers import the benchmarks from the root."""
 
 
 class OutOfMemory(Exception):

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # so that Rays listen on loopback; those of several nodes cannot
 # Ray ends workers that are idle for a second, and a new one takes two seconds of CPU: most of what a small run costs.
 os.environ |= {"RAY_idle_worker_killing_time_threshold_ms": "600000", "RAY_num_workers_soft_limit": "8"}
 
+import engine  # noqa: F401 - before ray, as a user is told to
 
 GUIDES = "tests/test_docs.py"
 """They take minutes, and the process that has all other tests with Ray is the last one to be done."""

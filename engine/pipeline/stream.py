@@ -12,13 +12,14 @@ from ray.data.context import AutoscalingConfig
 
 from engine.commits import LEFT, Receipt
 from engine.ledger import Ledger
-from engine.pipeline import MAX_READER_CRASHES, cluster
+from engine.pipeline import cluster
 from engine.pipeline.budget import Drain
 from engine.pipeline.datasource import Parcel, ShardDatasource
 from engine.pipeline.parcel import unpack_receipts
 from engine.pipeline.publish import Publisher
 from engine.pipeline.resources import LIGHT_CPUS, Resources
 from engine.pipeline.worker import CommittingWorker, EmbedWorker, Work
+from engine.ray_settings import MAX_READER_CRASHES
 
 STALL_S = 4 * 3600
 """Ray's half an hour would end a run whose shards take a slow model longer than that, again and again."""
