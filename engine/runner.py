@@ -213,7 +213,7 @@ def _stream(asked: Survey, tally: Tally, on_event: OnEvent, owned: Lease, entry:
             try:
                 work = _calibrated(asked, chosen, _work(asked, chosen, budget), tally, owned)
                 work = replace(work, reuse=reuse_index(asked))
-                stream = Stream(groups, work, asked.ledger, asked.job.fingerprint, chosen, asked.config.stall_s)
+                stream = Stream(groups, work, asked.ledger, asked.job, chosen, asked.config.stall_s)
                 with closing(stream.receipts()) as receipts:
                     for receipt in receipts:
                         owned.check()

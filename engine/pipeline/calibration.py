@@ -26,6 +26,7 @@ from engine.models.api.prices import dollars
 from engine.models.base import PROBE, Embeddings, lowest_cosine
 from engine.pipeline import cluster
 from engine.pipeline.answered import COUNTS
+from engine.pipeline.process import ENGINE
 from engine.pipeline.stream import MAX_CRASHES, NO_NODE_S, STALL_S
 from engine.pipeline.worker import EmbedWorker, Work
 from engine.quantization import INT8_MAX, VectorFormat, dequantize, quantize, scale_for
@@ -186,7 +187,7 @@ def _ask_an_actor(
             max_restarts=MAX_CRASHES,
             max_task_retries=MAX_CRASHES,
         )
-        .remote(work)
+        .remote(work, ENGINE)
     )
     until = time.monotonic() + seconds
     try:

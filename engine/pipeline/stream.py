@@ -16,10 +16,12 @@ from engine.pipeline import cluster
 from engine.pipeline.budget import Drain
 from engine.pipeline.datasource import Parcel, ShardDatasource
 from engine.pipeline.parcel import unpack_receipts
+from engine.pipeline.process import ENGINE
 from engine.pipeline.publish import Publisher
 from engine.pipeline.resources import LIGHT_CPUS, Resources
 from engine.pipeline.worker import CommittingWorker, EmbedWorker, Work
 from engine.ray_settings import MAX_READER_CRASHES
+from engine.schema import Job
 
 STALL_S = 4 * 3600
 """Ray's half an hour would end a run whose shards take a slow model longer than that, again and again."""
@@ -42,7 +44,7 @@ class Stream:
     parcels: Sequence[Parcel]
     work: Work
     ledger: Ledger
-    fingerprint: str
+    job: Job
     resources: Resources
     stall_s: float | None = None
     """Without any progress, after which the run is given up; by default it depends on what the cluster has."""
@@ -78,7 +80,7 @@ class Stream:
         return (inside + POOL_GROWS_AT * PARCELS_WAITING) / inside
 
     def _chain(self) -> ray.data.Dataset:
-        chosen, place = self.resources, (self.ledger, self.fingerprint)
+        chosen, place = self.resources, (self.ledger, self.job, ENGINE)
         is_last = not chosen.min_publishers
         source = ShardDatasource(self.parcels, self.work.selection, chosen.max_readers)
         embedded = ray.data.read_datasource(
@@ -89,7 +91,7 @@ class Stream:
             ray_remote_args={"max_retries": MAX_READER_CRASHES},
         ).map_batches(
             CommittingWorker if is_last else EmbedWorker,
-            fn_constructor_args=(self.work, *place) if is_last else (self.work,),
+            fn_constructor_args=(self.work, *place) if is_last else (self.work, ENGINE),
             batch_size=1,  # a parcel a call; Ray refuses None beside GPUs
             batch_format="pyarrow",
             compute=ActorPoolStrategy(
