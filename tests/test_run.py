@@ -385,6 +385,13 @@ def are_all_gpus_free() -> bool:
     return ray.available_resources().get("GPU") == 4
 
 
+def test_a_run_that_waited_for_a_node_has_as_long_for_a_shard_as_others(texts, tmp_path, monkeypatch):
+    """The limit for a node that fits ends as there is one: here at once, in a Ray whose node was not seen at first."""
+    monkeypatch.setattr("engine.pipeline.cluster.capacity", lambda: [{}])
+    monkeypatch.setattr("engine.pipeline.cluster.NO_NODE_S", 0.5)  # less than an actor takes to start
+    assert run(texts, tmp_path / "out").pending_rows == 0
+
+
 def test_a_node_with_another_engine_is_refused(texts, tmp_path, monkeypatch):
     """By actor, publisher and reader, before it believes what it is sent: an engine with other fields takes one for another."""
     with monkeypatch.context() as patched:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import ray
 import ray.data
@@ -22,12 +24,20 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from engine import ray_settings
 from engine.errors import ConfigError, EngineError
 from engine.pipeline.address import Address
 
+if TYPE_CHECKING:
+    from engine.pipeline.resources import Resources
+
 logger = logging.getLogger(__name__)
+
+NO_NODE_S = 1800.0
+"""An autoscaler that has not brought a node that fits by then is not going to."""
+POLL_S = 1
 
 RAYS_ADVICE = "\nFailed to apply UDF"
 """How what Ray Data adds to an error's own message begins: its retries, which the engine's errors are none of."""
@@ -182,10 +192,7 @@ def translated() -> Iterator[None]:
                 "reader said last is in Ray's logs in /tmp/ray/session_latest/logs (worker-*.err)"
             ) from error
         if isinstance(error, ExecutionTimeoutError):
-            raise EngineError(
-                "nothing moved for as long as --stall-s allows, and the run was given up; what was committed is kept, and the same "
-                f"command resumes. {_who_waits()} Ray's logs are in /tmp/ray/session_latest/logs"
-            ) from error
+            raise EngineError(_stalled()) from error
         if isinstance(error, RayError):
             raise EngineError(
                 f"Ray failed ({type(error).__name__}); what was committed is kept, and the same command resumes. "
@@ -209,6 +216,39 @@ def _let_go(error: BaseException) -> None:
             seen.add(id(one))
             one.__traceback__ = None
             left += [getattr(one, "cause", None), one.__cause__, one.__context__]
+
+
+def wait_for_room(chosen: Resources, seconds: float, still_ours: Callable[[], None]) -> None:
+    """
+    Wait for a node that can hold an actor, where there is none; an autoscaler is asked for one.
+
+    Not the stream's to wait for: Ray Data has one limit for all that may stand still, and a shard may take longer than a node to come.
+
+    Args:
+        chosen: What an actor gets.
+        seconds: After which the run is given up.
+        still_ours: Called now and then; raises if the output is not this run's any more.
+
+    Raises:
+        EngineError: If none came.
+    """
+    needs = {kind: amount for kind, amount in (("CPU", chosen.num_cpus), ("GPU", chosen.num_gpus)) if amount}
+    asked = placement_group([needs])
+    until = time.monotonic() + seconds
+    try:
+        while not asked.wait(POLL_S):
+            still_ours()
+            if time.monotonic() > until:
+                raise EngineError(_stalled())
+    finally:
+        remove_placement_group(asked)
+
+
+def _stalled() -> str:
+    return (
+        "nothing moved for as long as --stall-s allows, and the run was given up; what was committed is kept, and the same command "
+        f"resumes. {_who_waits()} Ray's logs are in /tmp/ray/session_latest/logs"
+    )
 
 
 def _who_waits() -> str:

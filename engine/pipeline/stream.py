@@ -25,8 +25,6 @@ from engine.schema import Job
 
 STALL_S = 4 * 3600
 """Ray's half an hour would end a run whose shards take a slow model longer than that, again and again."""
-NO_NODE_S = 1800
-"""The same while no node can hold an actor: an autoscaler that has not brought one by then is not going to."""
 MAX_CRASHES = 5
 """Of actors over one parcel. Ray's default is no limit, and a text that makes a library crash would be tried for ever."""
 PARCELS_WAITING = 1
@@ -47,7 +45,7 @@ class Stream:
     job: Job
     resources: Resources
     stall_s: float | None = None
-    """Without any progress, after which the run is given up; by default it depends on what the cluster has."""
+    """Without any progress, after which the run is given up; by default STALL_S."""
 
     def receipts(self) -> Generator[Receipt]:
         """
@@ -60,7 +58,7 @@ class Stream:
         # A limit of one byte makes every row, which is a parcel, a block of its own.
         wanted = {
             "target_max_block_size": 1,
-            "execution_no_progress_timeout_s": self.stall_s or (NO_NODE_S if self.resources.lacking else STALL_S),
+            "execution_no_progress_timeout_s": self.stall_s or STALL_S,
             "autoscaling_config": AutoscalingConfig(actor_pool_util_upscaling_threshold=self._full()),
         }
         with cluster.settings(**wanted), cluster.translated():
