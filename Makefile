@@ -15,8 +15,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
-# Models come from folders here, never from a hub; Ray on one machine needs no token; workers import tests/ from the root.
-OFFLINE := HF_HUB_OFFLINE=1 RAY_AUTH_MODE=disabled PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
+# Models come from folders here, never from a hub; workers import tests/ from the root.
+OFFLINE := HF_HUB_OFFLINE=1 PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
 
 .PHONY: help demo test check bench soak clean
 

@@ -34,10 +34,11 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "RAY_AUTH_MODE": "disabled",
     "RAY_ADDRESS": "local",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "PYTHONPATH": str(ROOT),
 }
 """
-Models come from packages; Ray on one machine needs no token, and is always started anew, so that no cluster is measured that happens to
+Models come from packages; Ray on one machine needs no token, since it listens on loopback alone, and is always started anew, so that no cluster is measured that happens to
 run here; its workers import the benchmarks from the root.
 """
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from engine import ray_settings  # noqa: F401 - sets them, before anything imports Ray
 from engine.errors import (
     AuthenticationFailed,
     CommitConflict,

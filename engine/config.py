@@ -6,6 +6,7 @@ Each field's description is its help text on the command line; `engine.model_con
 
 from __future__ import annotations
 
+import os
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -21,6 +22,8 @@ from engine.template import parse, unescaped
 _Config = TypeVar("_Config", bound=BaseModel)
 _Named = Annotated[str, Field(min_length=1)]
 """An empty name would be taken for another: a source for the current folder, a column for none."""
+COPY_OF_JOB = "/working_dir_files/_ray_pkg_"
+"""Of Ray's folders for the working directories of jobs."""
 
 
 class JobConfig(ModelConfig):
@@ -103,6 +106,16 @@ class JobConfig(ModelConfig):
     @classmethod
     def _path(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
+
+    @field_validator("output")
+    @classmethod
+    def _outlives_the_job(cls, value: str) -> str:
+        if "://" not in value and COPY_OF_JOB in os.path.abspath(os.path.expanduser(value)):  # noqa: PTH100, PTH111 - never raises
+            raise ValueError(
+                f"{value} is in the copy of the working directory that a submitted job runs in, which Ray deletes: give an absolute path, "
+                "on a disk that all nodes share"
+            )
+        return value
 
     @field_validator("text_template")
     @classmethod

@@ -203,6 +203,7 @@ def _stream(asked: Survey, tally: Tally, on_event: OnEvent, owned: Lease, entry:
         chosen = resources.decide(asked.config, nodes, len(groups))
         if chosen.lacking:
             logger.warning("%s: waiting for a node that fits, until --stall-s", chosen.lacking)
+            cluster.wait_for_room(chosen, asked.config.stall_s or cluster.NO_NODE_S, owned.check)
         tally.num_actors = chosen.max_actors
         logger.info("embedding started: %d texts in %d shards", todo.pending_rows, len(todo.pending))
         on_event(PoolStarted(chosen.max_actors, chosen.kind))
@@ -213,8 +214,7 @@ def _stream(asked: Survey, tally: Tally, on_event: OnEvent, owned: Lease, entry:
             try:
                 work = _calibrated(asked, chosen, _work(asked, chosen, budget), tally, owned)
                 work = replace(work, reuse=reuse_index(asked))
-                place = (asked.ledger, asked.job.fingerprint)
-                stream = Stream(groups, work, *place, chosen, owned.epoch, asked.config.stall_s)
+                stream = Stream(groups, work, asked.ledger, asked.job, chosen, owned.epoch, asked.config.stall_s)
                 with closing(stream.receipts()) as receipts:
                     for receipt in receipts:
                         owned.check()

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # so that Rays listen on loopback; those of several nodes cannot
 # Ray ends workers that are idle for a second, and a new one takes two seconds of CPU: most of what a small run costs.
 os.environ |= {"RAY_idle_worker_killing_time_threshold_ms": "600000", "RAY_num_workers_soft_limit": "8"}
 
+import engine  # noqa: F401 - before ray, as a user is told to
 
 settings.register_profile("tests", deadline=None, database=None, derandomize=True)
 settings.load_profile("tests")

@@ -103,6 +103,7 @@ class Cluster:
             "PYTHONPATH": "",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # of the job's `python`
             "RAY_agent_register_timeout_ms": f"{START_S}000",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
         } | environment
         self.nodes: list[Node] = []
         self._port = free_port()

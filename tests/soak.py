@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of what is killed, and when")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no round after so long")
     arguments = parser.parse_args()
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "PYTHONPATH": str(ROOT)}
     ray.init(
         address="local", num_cpus=8, num_gpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False
     )

@@ -58,7 +58,7 @@ def problems(config: dict[str, Any]) -> list[str]:
         found += [f"{name}: unknown {key}" for key in settings.keys() - EC2_PARAMETERS]
         found += [
             f"{name}: no {key}"
-            for key in ("IamInstanceProfile", "SecurityGroupIds", "SubnetIds")
+            for key in ("IamInstanceProfile", "ImageId", "SecurityGroupIds", "SubnetIds")
             if key not in settings
         ]
         cpus, gpus = RESOURCES[settings["InstanceType"]]
@@ -164,6 +164,7 @@ def test_versions_are_those_of_the_constraints(config):
     ("change", "problem"),
     [
         (lambda c: c["available_node_types"]["gpu_spot"]["node_config"].update(InstanceMarketOption={}), "unknown"),
+        (lambda c: c["available_node_types"]["gpu_on_demand"]["node_config"].pop("ImageId"), "no ImageId"),
         (lambda c: c["available_node_types"]["gpu_spot"].update(resources={"CPU": 4, "GPU": 8}), "has not"),
         (lambda c: c["available_node_types"]["gpu_spot"].update(max_workers=9), "max_workers"),
         (lambda c: c.update(worker_start_ray_commands=["ray start --address=$RAY_HEAD_IP:6379"]), "token"),

@@ -361,3 +361,16 @@ def test_a_secret_is_refused_at_any_depth(args):
     """Arguments are stored with the output, all of them."""
     with pytest.raises(ConfigError, match="looks like a secret"):
         load_config(source="a", output="b", model="custom:a.B", model_args=args)
+
+
+def test_an_output_in_a_jobs_copy_of_its_working_directory_is_refused(tmp_path, monkeypatch):
+    """Where a relative path of a submitted job leads; Ray deletes it, and the job would say that all is well."""
+    folder = tmp_path / "working_dir_files/_ray_pkg_0123456789abcdef"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    with pytest.raises(
+        ConfigError, match=r"output: out is in the copy of the working directory.*give an absolute path"
+    ):
+        load_config(source="in", output="out")
+    for kept in (str(tmp_path / "out"), "s3://bucket/out", "~/out"):
+        assert load_config(source="in", output=kept).output == kept

@@ -253,3 +253,9 @@ def test_mistakes_that_are_fields_of_the_right_type_are_found(job, change: Calla
     assert job != before
     assert misfits(job) == []
     assert any(problem in found for found in problems(job))
+
+
+@pytest.mark.parametrize("name", ["Makefile", "examples/quickstart.ipynb", "examples/scale_out.ipynb", "cluster.yaml"])
+def test_what_a_user_runs_leaves_rays_token_on(name):
+    """Ray asks for one by itself; without it whoever reaches a port runs code. Tests and benchmarks turn it off, on loopback."""
+    assert not re.search(r"RAY_AUTH_MODE\W+disabled", (ROOT / name).read_text())

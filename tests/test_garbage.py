@@ -413,8 +413,8 @@ def test_what_a_run_names_that_ends_while_garbage_is_looked_for_stays(output, tw
     with ExitStack() as run:
         run.enter_context(held(open_storage(str(output.out)), "refuse"))
 
-        def end_meanwhile(storage: LocalStorage) -> list[Any]:
-            listed = list(ages(storage))
+        def end_meanwhile(storage: LocalStorage, **how: Any) -> list[Any]:
+            listed = list(ages(storage, **how))
             if not record.exists():
                 record.write_bytes(data)
                 (output.source / "away").rename(output.source / "a.parquet")

@@ -128,3 +128,20 @@ def test_as_many_actors_ask_a_provider_as_there_are_to_be_at_least():
     got = chosen({"CPU": 2}, model="openai:text-embedding-3-small", min_actors=4)
     assert (got.min_actors, got.max_actors) == (4, 4)
     assert 0 < got.num_cpus * got.max_actors <= 1
+
+
+def test_a_node_without_cpus_has_no_room():
+    """An actor on a GPU needs some of a CPU; eight GPUs on a head without one are not counted, and what is missing is said."""
+    config = load_config(source="in", output="out")
+    got = decide(config, [{"GPU": 8}, {"CPU": 16, "GPU": 1}], 1000)
+    assert (got.min_actors, got.max_actors, got.lacking) == (1, 1, "")
+    with pytest.raises(ConfigError, match="needs 1 GPU, and the cluster's largest node has 0 GPUs beside CPUs"):
+        decide(config, [{"GPU": 2}, {"CPU": 8}], 1000)
+    assert decide(config, [{"CPU": 0.5, "GPU": 1}], 1000).num_cpus <= 0.5
+
+
+def test_actors_that_ask_a_provider_say_what_they_wait_for():
+    """No error, since an autoscaler may bring a node for whom the work waits; on a head without CPUs alone nothing would move."""
+    config = load_config(source="in", output="out", model="openai:text-embedding-3-small")
+    assert decide(config, [{}], 1000).lacking == "an actor needs 0.5 CPUs, and the cluster's largest node has 0 CPUs"
+    assert decide(config, [{}, {"CPU": 1}], 1000).lacking == ""

@@ -29,6 +29,10 @@ from engine.errors import (
 )
 from engine.events import PoolStarted
 from engine.part import vectors_of
+from engine.pipeline.datasource import ShardDatasource
+from engine.pipeline.publish import Publisher
+from engine.sources.rows import Selection
+from engine.survey import survey
 from tests.builders import write_source
 from tests.kills import wait_until
 from tests.models import HashModel
@@ -381,6 +385,33 @@ def test_a_run_that_failed_leaves_no_gpu_taken(texts, tmp_path):
 def are_all_gpus_free() -> bool:
     gc.collect()  # Ray's executor may have been running yet as the run ended
     return ray.available_resources().get("GPU") == 4
+
+
+def test_a_run_that_waited_for_a_node_has_as_long_for_a_shard_as_others(texts, tmp_path, monkeypatch):
+    """The limit for a node that fits ends as there is one: here at once, in a Ray whose node was not seen at first."""
+    monkeypatch.setattr("engine.pipeline.cluster.capacity", lambda: [{}])
+    monkeypatch.setattr("engine.pipeline.cluster.NO_NODE_S", 0.5)  # less than an actor takes to start
+    assert run(texts, tmp_path / "out").pending_rows == 0
+
+
+def test_a_node_with_another_engine_is_refused(texts, tmp_path, monkeypatch):
+    """By actor, publisher and reader, before it believes what it is sent: an engine with other fields takes one for another."""
+    with monkeypatch.context() as patched:
+        patched.setattr("engine.pipeline.stream.ENGINE", ("0.0.1", 4))
+        with pytest.raises(
+            Refused, match=r"the engine on a node is .*, and the driver's is 0\.0\.1 \(format 4\): install the same"
+        ):
+            run(texts, tmp_path / "out")
+    with pytest.raises(Refused, match="the engine on a node"):
+        Publisher(None, None, driver=("0.0.1", 4))(pa.table({}))
+    with monkeypatch.context() as patched:
+        patched.setattr("engine.pipeline.process.ENGINE", ("0.0.1", 4))
+        asked = survey(load_config(source=str(texts), output=str(tmp_path / "other"), model=HASH, id_column="id"))
+        source = ShardDatasource([(shard,) for shard in asked.standing.plan.pending], Selection.of(asked.config), 1)
+        (task, *_) = source.get_read_tasks()
+    with pytest.raises(Refused, match="the engine on a node"):
+        list(task())
+    assert list((tmp_path / "out/data").glob("*")) == []
 
 
 def test_a_job_that_no_node_can_hold_says_so_and_ends(texts, tmp_path, caplog):

@@ -634,7 +634,7 @@ def test_a_run_that_wakes_when_its_input_is_what_it_was_takes_nothing_out(job):
 
 def by_publisher(slow: Survey, epoch: int, at_hand: list[tuple[Shard, pa.Table]]) -> list[Receipt]:
     """Commit as a publisher of the run that holds an epoch does."""
-    commits = Commits(slow.ledger, slow.job.fingerprint, epoch)
+    commits = Commits(slow.ledger, slow.job, epoch)
     items = [Item(shard, table, usage=replace(USAGE, embed_s=next(SECONDS))) for shard, table in at_hand]
     return [receipt for packed in unpack_receipts(commits.receipts(items)) for receipt in packed]
 

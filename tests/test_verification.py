@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -378,10 +379,16 @@ def test_a_source_from_another_folder_is_refused_before_the_first_commit_too(tmp
 def test_a_commit_on_another_disk_is_refused(output, tmp_path):
     """The same path on a node that does not share it: the shard must not be committed where nobody looks."""
     asked = survey(output.config)
-    commits = Commits(Ledger(LocalStorage(str(tmp_path / "elsewhere"))), asked.job.fingerprint)
+    elsewhere = Ledger(LocalStorage(str(tmp_path / "elsewhere")))
     with pytest.raises(Refused, match="a disk that all nodes of the cluster share"):
-        commits.receipts([])
+        Commits(elsewhere, asked.job).receipts([])
     assert not (tmp_path / "elsewhere").exists()
+    elsewhere.claim(
+        replace(asked.job, created_at="2020-01-01T00:00:00+00:00")
+    )  # of the same model and settings, on that disk
+    with pytest.raises(Refused, match="a disk that all nodes of the cluster share"):
+        Commits(elsewhere, asked.job).receipts([])
+    Commits(asked.ledger, asked.job).receipts([])
 
 
 def test_a_resume_cuts_the_shards_of_the_first_run(tmp_path):

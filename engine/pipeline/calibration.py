@@ -26,7 +26,8 @@ from engine.models.api.prices import dollars
 from engine.models.base import PROBE, Embeddings, lowest_cosine
 from engine.pipeline import cluster
 from engine.pipeline.answered import COUNTS
-from engine.pipeline.stream import MAX_CRASHES, NO_NODE_S, STALL_S
+from engine.pipeline.process import ENGINE
+from engine.pipeline.stream import MAX_CRASHES, STALL_S
 from engine.pipeline.worker import EmbedWorker, Work
 from engine.quantization import INT8_MAX, VectorFormat, dequantize, quantize, scale_for
 from engine.schema import utc_now
@@ -88,7 +89,7 @@ def calibrated(
     logger.info("calibration started: %d texts of %d shards", num_texts, len(sample))
     # A sample is not worth the conversion of a model.
     small = replace(work, model=registry.suited(work.model, 0))
-    seconds = stall_s or (NO_NODE_S if chosen.lacking else STALL_S)
+    seconds = stall_s or STALL_S
     with cluster.translated():
         made = _ask_an_actor(small, sample, chosen, seconds, still_ours)
     if made.source == "probe":
@@ -186,7 +187,7 @@ def _ask_an_actor(
             max_restarts=MAX_CRASHES,
             max_task_retries=MAX_CRASHES,
         )
-        .remote(work)
+        .remote(work, ENGINE)
     )
     until = time.monotonic() + seconds
     try:

@@ -5,20 +5,44 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import ray
 import ray.data
+import ray.util.client
+from ray._private import ray_constants
 from ray.data.exceptions import ExecutionTimeoutError
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    AuthenticationError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+from ray.util.placement_group import placement_group, remove_placement_group
 
+from engine import ray_settings
 from engine.errors import ConfigError, EngineError
+from engine.pipeline.address import Address
+
+if TYPE_CHECKING:
+    from engine.pipeline.resources import Resources
+
+logger = logging.getLogger(__name__)
+
+NO_NODE_S = 1800.0
+"""An autoscaler that has not brought a node that fits by then is not going to."""
+POLL_S = 1
 
 RAYS_ADVICE = "\nFailed to apply UDF"
 """How what Ray Data adds to an error's own message begins: its retries, which the engine's errors are none of."""
 RAY_LOGGERS = ("ray", "ray.data")
+NOTICES_OF_TOKENS = "ray._private.authentication"
 
 
 @contextmanager
@@ -29,9 +53,10 @@ def connected(address: str | None) -> Iterator[None]:
     What was started or joined here is left at the end.
 
     Raises:
-        ConfigError: If there is no cluster at `address`.
+        ConfigError: If there is no cluster at `address`, or none that lets this process in, or the process has joined one by Ray Client.
     """
     if ray.is_initialized():
+        _check_joined()
         try:
             yield
         except BaseException:
@@ -40,17 +65,57 @@ def connected(address: str | None) -> Iterator[None]:
         return
     # Ray's workers are nice to others by default, its own daemons among them, for which the models' threads would wait.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    if (found := Address.of(address)) is not None:
+        found.check()
     try:
-        ray.init(address=address, logging_level=logging.WARNING, include_dashboard=None if address else False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"cannot connect to Ray at {address or 'this machine'} ({type(error).__name__}): "
-            "is a cluster running there? Without --address, one is started on this machine"
-        ) from None
+        with nullcontext() if found else _on_loopback():
+            ray.init(address=address, logging_level=logging.WARNING, include_dashboard=None if found else False)
+    except (OSError, ValueError, RuntimeError, RayError) as error:
+        what = f"join the Ray at {found.text}, by {found.origin}" if found else "start a Ray on this machine"
+        raise ConfigError(f"cannot {what} ({_reason(error)})") from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_joined() -> None:
+    """Make sure that a run can be driven from this process, which has a Ray already."""
+    if ray.util.client.ray.is_connected():
+        raise ConfigError(
+            "this process has joined a cluster by Ray Client (ray://), through which a run cannot be driven: submit it as a job (ray job "
+            "submit), or run it on a node of the cluster"
+        )
+    if ray_settings.came_too_late:
+        logger.warning(
+            "Ray was imported before the engine, and does without its settings: a node that is lost, or out of memory, may end the run. "
+            "`import engine` before `import ray`"
+        )
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """
+    Let a Ray that is started here listen for this machine alone: it is for one run.
+
+    By default all its processes listen on every interface. This is what Ray does on macOS and Windows; it reads the variable for it
+    (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER) as it is imported, when nobody knows yet whether one is to be joined.
+    """
+    before, notices = ray_constants.ENABLE_RAY_CLUSTER, logging.getLogger(NOTICES_OF_TOKENS)
+    level = notices.level
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    notices.setLevel(logging.ERROR)  # that it asks for a token is nobody's concern: it is the engine's own
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        notices.setLevel(level)
+
+
+def _reason(error: Exception) -> str:
+    """Say why Ray did not start or was not joined. Of values that do not suit it only that: they may be of a runtime_env, with keys."""
+    name = type(error).__name__
+    return f"{name}: {error}" if isinstance(error, (OSError, RuntimeError, AuthenticationError)) else name
 
 
 @contextmanager
@@ -127,10 +192,7 @@ def translated() -> Iterator[None]:
                 "reader said last is in Ray's logs in /tmp/ray/session_latest/logs (worker-*.err)"
             ) from error
         if isinstance(error, ExecutionTimeoutError):
-            raise EngineError(
-                "nothing moved for as long as --stall-s allows, and the run was given up; what was committed is kept, and the same "
-                f"command resumes. {_who_waits()} Ray's logs are in /tmp/ray/session_latest/logs"
-            ) from error
+            raise EngineError(_stalled()) from error
         if isinstance(error, RayError):
             raise EngineError(
                 f"Ray failed ({type(error).__name__}); what was committed is kept, and the same command resumes. "
@@ -154,6 +216,39 @@ def _let_go(error: BaseException) -> None:
             seen.add(id(one))
             one.__traceback__ = None
             left += [getattr(one, "cause", None), one.__cause__, one.__context__]
+
+
+def wait_for_room(chosen: Resources, seconds: float, still_ours: Callable[[], None]) -> None:
+    """
+    Wait for a node that can hold an actor, where there is none; an autoscaler is asked for one.
+
+    Not the stream's to wait for: Ray Data has one limit for all that may stand still, and a shard may take longer than a node to come.
+
+    Args:
+        chosen: What an actor gets.
+        seconds: After which the run is given up.
+        still_ours: Called now and then; raises if the output is not this run's any more.
+
+    Raises:
+        EngineError: If none came.
+    """
+    needs = {kind: amount for kind, amount in (("CPU", chosen.num_cpus), ("GPU", chosen.num_gpus)) if amount}
+    asked = placement_group([needs])
+    until = time.monotonic() + seconds
+    try:
+        while not asked.wait(POLL_S):
+            still_ours()
+            if time.monotonic() > until:
+                raise EngineError(_stalled())
+    finally:
+        remove_placement_group(asked)
+
+
+def _stalled() -> str:
+    return (
+        "nothing moved for as long as --stall-s allows, and the run was given up; what was committed is kept, and the same command "
+        f"resumes. {_who_waits()} Ray's logs are in /tmp/ray/session_latest/logs"
+    )
 
 
 def _who_waits() -> str:

@@ -10,6 +10,7 @@ import pyarrow as pa
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
+from engine.pipeline import process
 from engine.pipeline.parcel import Item, pack
 from engine.schema import Shard
 from engine.sources.formats import is_splittable, read_shards
@@ -57,7 +58,13 @@ class ShardDatasource(Datasource):  # type: ignore[misc] # Ray's classes are unt
     @staticmethod
     def _task(parcels: list[Parcel], selection: Selection) -> ReadTask:
         metadata = BlockMetadata(num_rows=len(parcels), size_bytes=None, exec_stats=None, input_files=None)
-        return ReadTask(lambda: _read(parcels, selection), metadata)
+        driver = process.ENGINE
+
+        def read() -> Iterator[pa.Table]:
+            process.check_engine(driver)
+            return _read(parcels, selection)
+
+        return ReadTask(read, metadata)
 
 
 def passes(parcels: Sequence[Parcel], most: int) -> Iterator[list[Parcel]]:

@@ -1,4 +1,4 @@
-"""The process of an actor: its threads, its GPU or its share of one, and its log lines."""
+"""The process of an actor: which engine it has, its threads, its GPU or its share of one, and its log lines."""
 
 from __future__ import annotations
 
@@ -7,12 +7,37 @@ import os
 import sys
 from typing import NoReturn
 
+from engine.errors import Refused
+from engine.schema import FORMAT_VERSION
+from engine.version import __version__
+
 logger = logging.getLogger(__name__)
 
+ENGINE = (__version__, FORMAT_VERSION)
+"""The engine of this process: what the driver sends beside its work, and as plain values. What else travels has fields that another
+engine may take for others."""
 ALLOCATED = 0.95
 """Of an actor's share of a GPU's memory: some hundred MB beside it are CUDA's own, in each process."""
 SWITCH_S = 1e-4
 """In place of Python's 5 ms: for so long a thread that launches kernels waits for the interpreter after each, beside one that runs Python (decision 10)."""
+
+
+def check_engine(driver: tuple[str, int]) -> None:
+    """
+    Make sure that this process has the driver's engine.
+
+    Args:
+        driver: ENGINE, as the driver has it.
+
+    Raises:
+        Refused: If it is another one.
+    """
+    if tuple(driver) != ENGINE:
+        told = [f"{version} (format {form})" for version, form in (ENGINE, driver)]
+        raise Refused(
+            f"the engine on a node is {told[0]}, and the driver's is {told[1]}: install the same on all nodes, or submit the job with its "
+            "working directory; then run the same command again"
+        )
 
 
 def set_threads(num_threads: int) -> None:

@@ -11,8 +11,9 @@ from engine.commits import Receipt
 from engine.errors import Refused, SourceChanged
 from engine.lease import last_epoch
 from engine.ledger import Ledger
+from engine.pipeline import process
 from engine.pipeline.parcel import Item, pack_receipts, unpack
-from engine.schema import InputFile
+from engine.schema import InputFile, Job
 from engine.sources import in_memory
 from engine.sources.opening import MEMORY, check_unchanged, is_staged
 
@@ -26,13 +27,13 @@ class Commits:
 
     Args:
         ledger: Of the output, as the run found it.
-        fingerprint: Of the job.
+        job: As it is stored in the output.
         epoch: Of the run's lease; None if it has none.
     """
 
-    def __init__(self, ledger: Ledger, fingerprint: str, epoch: int | None = None) -> None:
+    def __init__(self, ledger: Ledger, job: Job, epoch: int | None = None) -> None:
         self._ledger = ledger
-        self._fingerprint = fingerprint
+        self._job = job
         self._epoch = epoch
         self._is_checked = False
 
@@ -48,7 +49,7 @@ class Commits:
         return self._ledger.publish(
             item.table,
             shard=item.shard,
-            fingerprint=self._fingerprint,
+            fingerprint=self._job.fingerprint,
             rejects=item.rejects,
             usage=item.usage,
             vectors=item.vectors,
@@ -74,11 +75,14 @@ class Commits:
             )
 
     def _check_place(self) -> None:
-        """Make sure, once, that the output here is the driver's: the same path on another machine may be another disk."""
+        """
+        Make sure, once, that the output here is the driver's: the same path on another machine may be another disk.
+
+        That disk may have an output of the same model and settings too; its job was made at another time.
+        """
         if self._is_checked:
             return
-        job = self._ledger.job()
-        if job is None or job.fingerprint != self._fingerprint:
+        if self._ledger.job() != self._job:
             raise Refused(
                 f"{self._ledger.root} on the node of a publisher is not the driver's folder: "
                 "give an output on a disk that all nodes of the cluster share"
@@ -94,10 +98,14 @@ class Publisher:
     second of CPU to start (`docs/decisions/0005-publishers-are-actors.md`).
     """
 
-    def __init__(self, ledger: Ledger, fingerprint: str, epoch: int | None = None) -> None:
-        self._commits = Commits(ledger, fingerprint, epoch)
+    def __init__(
+        self, ledger: Ledger, job: Job, epoch: int | None = None, driver: tuple[str, int] = process.ENGINE
+    ) -> None:
+        self._driver = driver
+        self._commits = Commits(ledger, job, epoch)
         os.nice(NICENESS)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Commit every shard in a block; return their receipts."""
+        process.check_engine(self._driver)  # not in the constructor, of whose errors Ray passes on the text alone
         return pa.concat_tables([self._commits.receipts(items) for items in unpack(block)])

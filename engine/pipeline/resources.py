@@ -72,7 +72,7 @@ def decide(config: JobConfig, nodes: Sequence[Mapping[str, float]], num_parcels:
     """
     needs = registry.model_class(config.of_model()).needs(config)
     if not needs.has_device:
-        return _without_device(config, needs, sum(node.get("CPU", 0.0) for node in nodes), num_parcels)
+        return _without_device(config, needs, [node.get("CPU", 0.0) for node in nodes], num_parcels)
     if config.device == "cpu" and config.gpus_per_actor is not None:
         raise ConfigError(
             "gpus_per_actor: device cpu leaves GPUs alone: give --gpus-per-actor or --device cpu, not both"
@@ -87,10 +87,13 @@ def decide(config: JobConfig, nodes: Sequence[Mapping[str, float]], num_parcels:
     cpus = [node.get("CPU", 0.0) for node in nodes]
     if wants_gpu or (any(gpus) and config.device == "auto"):
         share = config.gpus_per_actor or 1.0
-        rooms = [_actors_on_gpus(count, share) for count in gpus]
-        core = min([1.0, *(max(own, 1.0) / room for own, room in zip(cpus, rooms, strict=True) if room)])
+        usable = [
+            count if own else 0.0 for count, own in zip(gpus, cpus, strict=True)
+        ]  # an actor needs some of a CPU too
+        rooms = [_actors_on_gpus(count, share) for count in usable]
+        core = min([1.0, *(own / room for own, room in zip(cpus, rooms, strict=True) if room)])
         num_cpus = core - min(RESERVED_CPUS, core / 2)
-        need, has = f"{share:g} GPU", f"{max(gpus, default=0):g} GPUs"
+        need, has = f"{share:g} GPU", f"{max(usable, default=0):g} GPUs{'' if usable == gpus else ' beside CPUs'}"
         num_gpus, num_threads = share, 0
     else:
         cores = config.cpus_per_actor or max(1, min(MAX_CORES_PER_ACTOR, int(max(cpus, default=1))))
@@ -114,16 +117,21 @@ def decide(config: JobConfig, nodes: Sequence[Mapping[str, float]], num_parcels:
     return Resources(num_cpus, num_gpus, num_threads, min(least, most), most, needs.parcels_inside, lacking)
 
 
-def _without_device(config: JobConfig, needs: Needs, cpus: float, num_parcels: int) -> Resources:
+def _without_device(config: JobConfig, needs: Needs, cpus: Sequence[float], num_parcels: int) -> Resources:
     """
     Actors that wait for a network need next to nothing, and more of them bring nothing: the limits are the provider's.
 
     However many are asked for, half of the cluster is left for readers and publishers, without which they would wait for ever.
     """
     most = config.num_actors or max(needs.actors or 1, config.min_actors or 1)
-    num_cpus = min(WAITING_CPUS, max(cpus, 1.0) / 2 / most)
+    num_cpus = min(WAITING_CPUS, max(sum(cpus), 1.0) / 2 / most)
     least = config.min_actors or min(most, max(num_parcels, 1))
-    return Resources(num_cpus, 0.0, 0, min(least, most), most, needs.parcels_inside)
+    largest = max(cpus, default=0.0)
+    # No error: where no node has CPUs, an autoscaler brings one for whom the work waits.
+    lacking = f"an actor needs {num_cpus:g} CPUs, and the cluster's largest node has {largest:g} CPUs"
+    return Resources(
+        num_cpus, 0.0, 0, min(least, most), most, needs.parcels_inside, lacking if largest < num_cpus else ""
+    )
 
 
 def _actors_on_gpus(gpus: float, share: float) -> int:

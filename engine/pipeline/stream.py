@@ -12,18 +12,19 @@ from ray.data.context import AutoscalingConfig
 
 from engine.commits import LEFT, Receipt
 from engine.ledger import Ledger
-from engine.pipeline import MAX_READER_CRASHES, cluster
+from engine.pipeline import cluster
 from engine.pipeline.budget import Drain
 from engine.pipeline.datasource import Parcel, ShardDatasource
 from engine.pipeline.parcel import unpack_receipts
+from engine.pipeline.process import ENGINE
 from engine.pipeline.publish import Publisher
 from engine.pipeline.resources import LIGHT_CPUS, Resources
 from engine.pipeline.worker import CommittingWorker, EmbedWorker, Work
+from engine.ray_settings import MAX_READER_CRASHES
+from engine.schema import Job
 
 STALL_S = 4 * 3600
 """Ray's half an hour would end a run whose shards take a slow model longer than that, again and again."""
-NO_NODE_S = 1800
-"""The same while no node can hold an actor: an autoscaler that has not brought one by then is not going to."""
 MAX_CRASHES = 5
 """Of actors over one parcel. Ray's default is no limit, and a text that makes a library crash would be tried for ever."""
 PARCELS_WAITING = 1
@@ -41,12 +42,12 @@ class Stream:
     parcels: Sequence[Parcel]
     work: Work
     ledger: Ledger
-    fingerprint: str
+    job: Job
     resources: Resources
     epoch: int
     """Of the run's lease."""
     stall_s: float | None = None
-    """Without any progress, after which the run is given up; by default it depends on what the cluster has."""
+    """Without any progress, after which the run is given up; by default STALL_S."""
 
     def receipts(self) -> Generator[Receipt]:
         """
@@ -59,7 +60,7 @@ class Stream:
         # A limit of one byte makes every row, which is a parcel, a block of its own.
         wanted = {
             "target_max_block_size": 1,
-            "execution_no_progress_timeout_s": self.stall_s or (NO_NODE_S if self.resources.lacking else STALL_S),
+            "execution_no_progress_timeout_s": self.stall_s or STALL_S,
             "autoscaling_config": AutoscalingConfig(actor_pool_util_upscaling_threshold=self._full()),
         }
         with cluster.settings(**wanted), cluster.translated():
@@ -79,7 +80,7 @@ class Stream:
         return (inside + POOL_GROWS_AT * PARCELS_WAITING) / inside
 
     def _chain(self) -> ray.data.Dataset:
-        chosen, place = self.resources, (self.ledger, self.fingerprint, self.epoch)
+        chosen, place = self.resources, (self.ledger, self.job, self.epoch, ENGINE)
         is_last = not chosen.min_publishers
         source = ShardDatasource(self.parcels, self.work.selection, chosen.max_readers)
         embedded = ray.data.read_datasource(
@@ -90,7 +91,7 @@ class Stream:
             ray_remote_args={"max_retries": MAX_READER_CRASHES},
         ).map_batches(
             CommittingWorker if is_last else EmbedWorker,
-            fn_constructor_args=(self.work, *place) if is_last else (self.work,),
+            fn_constructor_args=(self.work, *place) if is_last else (self.work, ENGINE),
             batch_size=1,  # a parcel a call; Ray refuses None beside GPUs
             batch_format="pyarrow",
             compute=ActorPoolStrategy(

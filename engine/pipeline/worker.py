@@ -32,7 +32,7 @@ from engine.pipeline.publish import Commits
 from engine.quantization import VectorFormat, quantize
 from engine.repeated_ids import num_repeated
 from engine.reuse import ReuseIndex
-from engine.schema import SOURCE_ROW, utc_now
+from engine.schema import SOURCE_ROW, Job, utc_now
 from engine.sources import texts as text_checks
 from engine.sources.rows import Rows, Selection
 from engine.stored_vectors import Found
@@ -81,12 +81,13 @@ class EmbedWorker:
     A bad row never leaves it as an exception: Ray would drop its whole block. What does is about the model or the config.
     """
 
-    def __init__(self, work: Work) -> None:
-        process.show_logs(work.log_level)
-        self._work = work
+    def __init__(self, work: Work, driver: tuple[str, int] = process.ENGINE) -> None:
         self._thread = LoopThread("model-loop")
         self._failure: EngineError | None = None
         try:
+            process.check_engine(driver)  # before anything of `work` is believed
+            process.show_logs(work.log_level)
+            self._work = work
             self._model = _built(work)
             # Ray Data lets go of the worker, and the worker of its thread, as its actor ends (not if it is killed).
             self._thread.at_end(self._model.close)
@@ -241,9 +242,11 @@ class EmbedWorker:
 class CommittingWorker(EmbedWorker):
     """An embedding actor that commits its shards itself: where cores compute, a publisher would only take its time from them."""
 
-    def __init__(self, work: Work, ledger: Ledger, fingerprint: str, epoch: int | None = None) -> None:
-        super().__init__(work)
-        self._commits = Commits(ledger, fingerprint, epoch)
+    def __init__(
+        self, work: Work, ledger: Ledger, job: Job, epoch: int | None = None, driver: tuple[str, int] = process.ENGINE
+    ) -> None:
+        super().__init__(work, driver)
+        self._commits = Commits(ledger, job, epoch)
 
     def _handed_over(self, items: Sequence[Item]) -> pa.Table:
         return self._commits.receipts(items)

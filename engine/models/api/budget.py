@@ -147,14 +147,14 @@ class Budget:
         Args:
             num_tokens: Of the order.
             client: Whose it is.
-            committed: Tokens that this client is admitted for, or has paid, by its own books and without this order: a budget that
-                began again has no others.
+            committed: Tokens that this client is admitted for, or has paid, by its own books and without this order. They count if
+                this budget has none of that client, because it began again: what is sent to another process may come in any order.
 
         Raises:
             Stopped: If no more orders are taken.
         """
         if committed is not None:
-            self._committed[client] = committed
+            self._committed.setdefault(client, committed)
         if self._stopped_by is None and self.max_tokens is not None:
             total = sum(self._committed.values())
             if total + num_tokens > self.max_tokens:
@@ -170,7 +170,8 @@ class Budget:
 
     async def dismiss(self, num_tokens: int, paid_tokens: int, *, is_done: bool, client: str = "") -> None:
         """Let go of an order that was admitted for `num_tokens`, when `paid_tokens` were paid."""
-        self._committed[client] = self._committed.get(client, 0.0) + paid_tokens - num_tokens
+        if client in self._committed:  # or it was admitted before this budget began, and is in what its client will say
+            self._committed[client] += paid_tokens - num_tokens
         self._num_open -= 1
         self._num_done += is_done and paid_tokens > 0
         self._heard_at = time.monotonic()
