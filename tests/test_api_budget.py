@@ -494,6 +494,26 @@ def test_orders_stop_when_those_that_they_wait_for_are_lost(clock):
     clock.run_until_complete(lost())
 
 
+@pytest.mark.parametrize("began_again", [False, True])
+def test_the_order_in_which_clients_are_heard_does_not_change_what_is_left(clock, began_again):
+    """Ray keeps none: an order may come before the end of another that its client's books have already, or after its budget began again."""
+    budget = Budget(max_tokens=1000)
+
+    async def heard() -> None:
+        if not began_again:
+            await budget.admit(500, client="a", committed=0)
+            await budget.admit(300, client="a", committed=500)
+            await budget.admit(100, client="a", committed=400)
+            await budget.dismiss(500, 100, is_done=True, client="a")
+        else:
+            await budget.dismiss(500, 100, is_done=True, client="a")
+            await budget.admit(100, client="a", committed=400)
+        assert await budget.admit(500, client="b", committed=0)
+        assert not await budget.admit(1, client="b", committed=500)
+
+    clock.run_until_complete(heard())
+
+
 def test_the_most_tokens_may_all_be_spent(clock):
     """To the last."""
     budget = Budget(max_tokens=100)
