@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 COMMITTING = "ray::MapWorker(MapBatches(CommittingWorker))"
 """On CPUs, the only kind."""
 EMBEDDING, PUBLISHER = "ray::MapWorker(MapBatches(EmbedWorker))", "ray::MapWorker(MapBatches(Publisher))"
-"""On GPUs."""
+"""On GPUs; the first for providers too."""
 FAILING = "poison"
 
 

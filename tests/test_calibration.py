@@ -118,6 +118,7 @@ def test_an_output_that_reuses_int8_vectors_has_their_scale_and_embeds_no_sample
 @pytest.mark.soak
 def test_the_sample_is_within_max_cost_and_in_what_is_said_of_it(source, tmp_path, monkeypatch):
     """What the server was paid is what parts and calibration add up to, in every run; a stop does not wait for the sample."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-cluster")
     monkeypatch.setattr(
         "engine.pipeline.budget.LOST_S", float("inf")
     )  # for which an order is waited for that no shard is

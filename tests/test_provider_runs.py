@@ -27,7 +27,7 @@ from engine.model_config import ModelConfig
 from engine.models.api.budget import Report
 from engine.pipeline import budget
 from engine.schema import InputFile, Shard
-from tests.kills import COMMITTING, ROOT, kill_worker, wait_until
+from tests.kills import EMBEDDING, ROOT, kill_worker, wait_until
 from tests.strict_server import Server, serving, vector
 from tests.test_garbage import later
 
@@ -350,7 +350,7 @@ def test_a_run_that_is_killed_pays_again_for_what_was_in_flight_alone(source, se
     needed = needed_tokens(source, server)
     process, chance = start(source, server, address), random.Random(5)
     wait_until(lambda: num_committed(source) > 0 or process.poll() is not None)
-    assert kill_worker(COMMITTING, os.getpid(), process, chance)
+    assert kill_worker(EMBEDDING, os.getpid(), process, chance)
     time.sleep(chance.uniform(0, 0.5))
     assert process.poll() is None
     process.kill()
