@@ -15,9 +15,10 @@ from engine.provider_use import Forecast
 from tests.api_servers import DIMENSION, EXACT, numbered
 from tests.builders import files
 from tests.object_stores import BUCKET, serving
-from tests.test_reuse import Run, engine_logger_as_it_was  # noqa: F401 - a fixture that is used by all
+from tests.test_reuse import Run
 
 pytest_plugins = ("tests.api_servers",)
+pytestmark = pytest.mark.usefixtures("engine_logger_as_it_was")
 
 
 class Asked(Run):
