@@ -37,11 +37,15 @@ from engine.errors import (
 from engine.version import __version__
 
 if TYPE_CHECKING:
+    from engine.exporting.story import ExportResult
     from engine.faces import embed, export, gc, plan, read, read_batches, report, run, status, verify
+    from engine.gc_result import GcResult
     from engine.models.base import BaseEmbeddingModel, Embeddings
     from engine.models.cohere import CohereEmbeddingModel
     from engine.models.openai import OpenAIEmbeddingModel
     from engine.models.sentence_transformer import SentenceTransformerEmbeddingModel
+    from engine.reporting.story import ReportResult
+    from engine.results import PlanResult, RunResult, StatusResult, VerifyResult
 
 __all__ = [
     "AuthenticationFailed",
@@ -52,21 +56,28 @@ __all__ = [
     "CorruptOutput",
     "Embeddings",
     "EngineError",
+    "ExportResult",
     "FingerprintMismatch",
+    "GcResult",
     "InputRejected",
     "InputTooLong",
     "OpenAIEmbeddingModel",
     "OutputInUse",
+    "PlanResult",
     "ProviderError",
     "QuotaExhausted",
     "RateLimited",
     "Refused",
+    "ReportResult",
     "RequestTooLarge",
+    "RunResult",
     "SentenceTransformerEmbeddingModel",
     "SourceChanged",
     "SourceError",
+    "StatusResult",
     "Stopped",
     "Unavailable",
+    "VerifyResult",
     "__version__",
     "embed",
     "export",
@@ -96,6 +107,13 @@ _LAZY = {
     "CohereEmbeddingModel": "engine.models.cohere",
     "OpenAIEmbeddingModel": "engine.models.openai",
     "SentenceTransformerEmbeddingModel": "engine.models.sentence_transformer",
+    "ExportResult": "engine.exporting.story",
+    "GcResult": "engine.gc_result",
+    "PlanResult": "engine.results",
+    "ReportResult": "engine.reporting.story",
+    "RunResult": "engine.results",
+    "StatusResult": "engine.results",
+    "VerifyResult": "engine.results",
 }
 
 

@@ -26,6 +26,7 @@ from engine.config import load_config
 from engine.errors import ConfigError
 from engine.ledger import Ledger, part_name
 from engine.reporting.health import NEAR, health_of
+from engine.reporting.page import brief
 from engine.reporting.timeline import MAX_SLOTS, Timeline
 from engine.schema import EMBEDDING, SOURCE_ROW, TEXT_HASH, Reject, Shard, vectors_type
 from engine.storage import LocalStorage
@@ -471,3 +472,12 @@ def look(chromium: Any, path: Path, width: int) -> None:
     assert asked == [path.as_uri()]
     assert said == []
     page.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(0, "0"), (99.6, "99.6"), (9_999, "9,999"), (12_400, "12.4 k"), (999_600, "1 M"), (999_700_000, "1 G"), (1.5e12, "1.5 T"), (1.5e15, "1,500 T")],
+)  # fmt: skip
+def test_numbers_on_a_tile_are_short_and_of_one_unit(number, said):
+    """Also just below the next unit, and where there is none."""
+    assert brief(number) == said

@@ -117,11 +117,15 @@ def grouped(number: float) -> str:
 
 
 def brief(number: float) -> str:
-    """Return a number of few characters: 12.4 k, 3.1 M."""
-    for limit, unit in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
-        if number >= limit:
-            return f"{number / (1000 if unit == ' k' else limit):,.3g}{unit}"
-    return f"{number:,.3g}" if number < 100 else f"{number:,.0f}"
+    """Return a number of few characters: 9,999, 12.4 k, 3.1 M, 1.5 T."""
+    if number < 1e4:
+        return f"{number:,.3g}" if number < 100 else f"{number:,.0f}"
+    units = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+    size, unit = next(
+        (size, unit) for size, unit in units if number >= 0.9995 * size
+    )  # what rounds to 1000 is 1 of the next
+    amount = number / size
+    return f"{amount:,.0f} {unit}" if amount >= 999.5 else f"{amount:.3g} {unit}"
 
 
 FILTERS = {"count": grouped, "size": size, "dollars": dollars, "brief": brief}
