@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import AuthenticationFailed, QuotaExhausted, RateLimited, Stopped
-from engine.models.api.budget import MAX_PAUSE_S, PROBE_S, PROBE_TOKENS, Budget, Grant, Report
+from engine.models.api.budget import MAX_PAUSE_S, PROBE_S, PROBE_TOKENS, Budget
 from engine.models.api.limits import Limits
+from engine.models.api.port import Grant, Report
 from engine.models.api.rate import BURST_S, PACE, SLOWER, Rate
 from tests.api_servers import DIMENSION, assert_right, numbered
 

@@ -24,7 +24,7 @@ import engine
 from engine.commits import Receipt
 from engine.errors import ConfigError, FingerprintMismatch, QuotaExhausted
 from engine.model_config import ModelConfig
-from engine.models.api.budget import Report
+from engine.models.api.port import Report
 from engine.pipeline import budget
 from engine.schema import InputFile, Shard
 from tests.kills import EMBEDDING, ROOT, kill_worker, wait_until

@@ -19,7 +19,7 @@ from engine.models.embeddings import Ints as Ints
 from engine.models.embeddings import Vectors as Vectors
 
 if TYPE_CHECKING:
-    from engine.models.api.budget import BudgetPort
+    from engine.models.api.port import BudgetPort
 
 logger = logging.getLogger(__name__)
 

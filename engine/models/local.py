@@ -116,13 +116,8 @@ def load(
             trust_remote_code=trust_remote_code,
             model_kwargs={"dtype": torch.float32 if chosen.backend == "openvino" else getattr(torch, dtype)},
         )
-    except (
-        OSError,
-        ValueError,
-        ImportError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # RuntimeError: a device that torch does not know
+    # RuntimeError: a device that torch does not know
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"the model {name} cannot be loaded: {type(error).__name__}: {error}") from None
 
 

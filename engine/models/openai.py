@@ -131,10 +131,8 @@ class OpenAIEmbeddingModel(ApiEmbeddingModel):
             answer = await self._connected().post("/embeddings", cast_to=httpx2.Response, body=body)
         except openai.APIStatusError as error:
             refused = error.response
-        except (
-            openai.APIConnectionError,
-            aiohttp.ClientError,
-        ) as error:  # of what is not HTTP, aiohttp's comes as it is
+        # Of what is not HTTP, aiohttp's error comes as it is.
+        except (openai.APIConnectionError, aiohttp.ClientError) as error:
             failure = type(error.__cause__ or error).__name__
         else:
             vectors, num_tokens = await asyncio.to_thread(decoded, answer.content, len(texts))

@@ -17,8 +17,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from engine.commits import LEFT
 from engine.errors import EngineError, ProviderError, Stopped
-from engine.models.api.budget import LOST_S, Budget, Grant, Report, Standing
+from engine.models.api.budget import LOST_S, Budget
 from engine.models.api.limits import Limits
+from engine.models.api.port import Grant, Report, Standing
 
 if TYPE_CHECKING:
     from engine.commits import Receipt

@@ -18,16 +18,16 @@ from engine.errors import (
     Stopped,
     Unavailable,
 )
-from engine.models.api.budget import Grant, Report
 from engine.models.api.orders import Group, Piece, take
+from engine.models.api.port import Grant, Report
 from engine.models.api.recovery import Recovery, TimedOut
 from engine.models.base import PROBE, BadAnswer, usable
 
 if TYPE_CHECKING:
     from engine.models.api.answers import Reply
-    from engine.models.api.budget import BudgetPort
     from engine.models.api.manners import Manners
     from engine.models.api.orders import Order
+    from engine.models.api.port import BudgetPort
     from engine.models.base import Embeddings, Vectors
 
 UNIT_TOLERANCE = 1e-2

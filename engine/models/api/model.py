@@ -13,12 +13,13 @@ from engine.disk import expanded
 from engine.errors import ConfigError, InputRejected
 from engine.model_config import LongTexts, ModelConfig
 from engine.models.api.answers import Reply
-from engine.models.api.budget import Budget, BudgetPort
+from engine.models.api.budget import Budget
 from engine.models.api.dispatcher import Dispatcher
 from engine.models.api.limits import Limits
 from engine.models.api.long_texts import TOO_LONG
 from engine.models.api.manners import Manners
 from engine.models.api.orders import Order
+from engine.models.api.port import BudgetPort
 from engine.models.api.terms import Terms
 from engine.models.base import PROBE, BaseEmbeddingModel, Embeddings, Needs
 from engine.models.loop_thread import Closing, LoopThread
