@@ -16,13 +16,12 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine import switches
 from engine.calibration import stored_calibration
 from engine.errors import CorruptOutput
-from engine.part import about_of
+from engine.part import DAMAGE, about_of
 from engine.records import READ_THREADS
 from engine.schema import canonical_json, content_hash
 
@@ -103,8 +102,7 @@ def _record_of_part(records: Records, shard_id: str) -> CommitRecord | None:
     Raises:
         CorruptOutput: If it is missing or damaged.
     """
-    unreadable = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError)
-    with suppress(*unreadable), records.open_part(shard_id) as file:
+    with suppress(*DAMAGE), records.open_part(shard_id) as file:
         if not about_of(pq.read_schema(file))["usage"].get("cost"):
             return None
     return records.part(shard_id).record

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import BinaryIO, cast
 
@@ -73,12 +73,7 @@ class ObjectStorage:
 
     def ages(self, *, is_only_shown: bool = False) -> Iterator[tuple[str, int, float]]:
         """Yield the name, the size in bytes, and the age in seconds by the store's clock of each file below the root."""
-        try:
-            now = self._now()
-        except EngineError:
-            if not is_only_shown:
-                raise
-            now = time.time()
+        now = store_time(self._now, or_here=is_only_shown)
         prefix = self._key("")
         for found in self._bucket.list(prefix):
             yield found.key.removeprefix(prefix), found.size, now - found.modified_at
@@ -167,6 +162,16 @@ class ObjectStorage:
             name = found.key.removeprefix(prefix)
             if "/" not in name:
                 yield name, found
+
+
+def store_time(ask: Callable[[], float], *, or_here: bool) -> float:
+    """Return the time by the clock of a store, or this machine's, if that will do where nothing can be written to ask for it."""
+    try:
+        return ask()
+    except EngineError:
+        if not or_here:
+            raise
+        return time.time()
 
 
 def name_is_taken(root: str, name: str) -> EngineError:

@@ -34,6 +34,8 @@ from engine.schema import (
     content_hash,
 )
 
+DAMAGE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError)
+"""What reading the footer of a damaged part may raise."""
 _SEAL = b"embedding_engine_seal"
 _OPEN = b"0" * 32
 _NUMBERS = f"{EMBEDDING}.list.element"

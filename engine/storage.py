@@ -19,7 +19,7 @@ from typing import BinaryIO, Protocol
 from engine.buckets.place import is_bucket
 from engine.disk import expanded, explained, kind_of
 from engine.errors import ConfigError, EngineError
-from engine.object_storage import ObjectStorage, name_is_taken
+from engine.object_storage import ObjectStorage, name_is_taken, store_time
 
 STAGING = "_engine/tmp"
 STAGING_MAX_AGE_S = 24 * 3600
@@ -128,12 +128,7 @@ class LocalStorage:
 
     def ages(self, *, is_only_shown: bool = False) -> Iterator[tuple[str, int, float]]:
         """Yield the name, the size in bytes, and the age in seconds by the disk's clock of each file below the root, behind no link."""
-        try:
-            now = self._now()
-        except EngineError:
-            if not is_only_shown:
-                raise
-            now = time.time()
+        now = store_time(self._now, or_here=is_only_shown)
         with explained(self.root, "list"):
             for folder, _, names in os.walk(self.root, onerror=_raise_unless_gone):
                 below = "" if folder == self.root else f"{Path(folder).relative_to(self.root).as_posix()}/"

@@ -24,7 +24,7 @@ from engine.commits import CommitRecord
 from engine.disk import cannot, is_trouble
 from engine.errors import ConfigError, CorruptOutput
 from engine.ledger import part_name, rejects_name
-from engine.part import about_of, format_of
+from engine.part import DAMAGE, about_of, format_of
 from engine.repeated_ids import RepeatedIds
 from engine.results import Finding, VerifyResult
 from engine.schema import EMBEDDING, SOURCE_ROW
@@ -243,7 +243,7 @@ class _Check:
                 schema, num_rows = parquet.schema_arrow, parquet.metadata.num_rows
             about = about_of(schema)
             kind, vectors = schema.field(EMBEDDING).type, format_of(schema)
-        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except DAMAGE as error:
             if is_trouble(error):
                 raise cannot("read", self._ledger.root, error) from None
             yield f"the footer of {name} cannot be read ({type(error).__name__})"

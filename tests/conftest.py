@@ -146,10 +146,12 @@ def _actors_have_left(request: pytest.FixtureRequest) -> None:
     from tests.kills import wait_until
 
     def are_free() -> bool:
-        if ray.available_resources().get("CPU") == 2:
-            return True
-        gc.collect()
         return bool(ray.available_resources().get("CPU") == 2)
 
+    def are_freed() -> bool:
+        gc.collect()
+        return are_free()
+
     request.getfixturevalue("shared_ray")
-    wait_until(are_free)
+    if not are_free():
+        wait_until(are_freed)

@@ -87,9 +87,8 @@ def decide(config: JobConfig, nodes: Sequence[Mapping[str, float]], num_parcels:
     cpus = [node.get("CPU", 0.0) for node in nodes]
     if wants_gpu or (any(gpus) and config.device == "auto"):
         share = config.gpus_per_actor or 1.0
-        usable = [
-            count if own else 0.0 for count, own in zip(gpus, cpus, strict=True)
-        ]  # an actor needs some of a CPU too
+        # An actor needs some of a CPU too.
+        usable = [count if own else 0.0 for count, own in zip(gpus, cpus, strict=True)]
         rooms = [_actors_on_gpus(count, share) for count in usable]
         core = min([1.0, *(own / room for own, room in zip(cpus, rooms, strict=True) if room)])
         num_cpus = core - min(RESERVED_CPUS, core / 2)

@@ -121,9 +121,8 @@ def brief(number: float) -> str:
     if number < 1e4:
         return f"{number:,.3g}" if number < 100 else f"{number:,.0f}"
     units = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-    size, unit = next(
-        (size, unit) for size, unit in units if number >= 0.9995 * size
-    )  # what rounds to 1000 is 1 of the next
+    # What rounds to 1000 is 1 of the next.
+    size, unit = next((size, unit) for size, unit in units if number >= 0.9995 * size)
     amount = number / size
     return f"{amount:,.0f} {unit}" if amount >= 999.5 else f"{amount:.3g} {unit}"
 
