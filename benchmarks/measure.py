@@ -38,8 +38,8 @@ ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
 }
 """
-Models come from packages; Ray on one machine needs no token, since it listens on loopback alone, and is always started anew, so that no cluster is measured that happens to
-run here; its workers import the benchmarks from the root.
+Models come from packages. Ray on one machine needs no token, since it listens on loopback alone, and is always started anew, so that no
+cluster is measured that happens to run here; its workers import the benchmarks from the root.
 """
 
 
